@@ -13,17 +13,28 @@ Sections, in reading order:
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
+import html
+import io
 import itertools
 import json
 import math
 import os
+import platform
+import random
+import re
+import shutil
 import tempfile
 import time
+import warnings
+import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed,
@@ -34,11 +45,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import requests
 import torch
 import torchvision
+import urllib3
 from filelock import FileLock, Timeout
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -51,9 +65,10 @@ __all__ = [
     "DATASETS", "Split", "DataSplits", "load_data", "label_subset", "check_splits",
     # Training
     "FineTuneConfig", "Preprocessing", "Run", "TrainingError", "fine_tune", "load_run",
-    "train_one_epoch", "evaluate", "predict",
+    "train_one_epoch", "evaluate", "predict", "add_head", "preprocessing_for",
+    "describe_environment",
     # Evaluation
-    "score", "bootstrap_interval",
+    "score", "pool_by_patient", "bootstrap_interval",
     # Results
     "load_runs", "compare_methods",
     # Study
@@ -186,9 +201,354 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 METHODS = tuple(CHECKPOINTS)
 CONTROLS = ("random", "ImageNet")
 
+# --- download ---
+# gdown reads Drive's "too large to scan" page; the transfer is our own. Resuming safely needs the
+# status, length and validators of the answer, which gdown.download keeps to itself: it joins parts
+# of two files, keeps a cut file of unknown length, and hides a 404 behind "cannot retrieve".
+
+
+_VALIDATORS = ("ETag", "Last-Modified", "X-Goog-Hash")
+
+
+class _Interrupted(Exception):
+    """A transfer that ended early: what has arrived is kept, and trying again can help."""
+
+
+def download_checkpoint(
+    method: str,
+    folder: str | Path = "checkpoints",
+    *,
+    url: str | None = None,
+    sha256: str | None = None,
+    from_file: str | Path | None = None,
+    timeout: float = 60.0,
+    retries: int = 3,
+    quiet: bool = False,
+) -> Path:
+    """Return the published file of `method` in `folder`; fetch it if it is not there.
+
+    Only a whole, checked file gets its name. An interrupted transfer stays beside it as `.part`,
+    and the next call takes it up again. Two calls at once wait for each other.
+
+    Args:
+        method: one of METHODS.
+        folder: made if missing; holds the file and `checksums.json`.
+        url: a mirror to fetch from instead of Google Drive.
+        sha256: expected checksum; default: the one in `checksums.json`. Where neither exists,
+            the file must be one that PyTorch wrote, each record matching its CRC.
+        from_file: a file that you already have: copied, nothing is fetched.
+        timeout: seconds of silence (or of less than 1 kB/s) after which it gives up.
+        retries: further attempts after a lost connection or a busy server (429, 5xx).
+        quiet: no progress bar.
+
+    Raises:
+        CheckpointError: the file could not be had; says why, and how to get it by hand.
+    """
+    checkpoint = CHECKPOINTS[_choose(method, METHODS, "method")]
+    target = Path(folder) / checkpoint.filename
+    try:
+        expected = _expected_checksum(target, sha256, from_file)
+        if _is_right(target, expected):  # asked before the lock: the folder may be read-only
+            return target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(f".{target.name}.lock")):
+            if _is_right(target, expected):  # another process was first
+                return target
+            if target.exists():
+                problem = _set_aside(target, _file_problem(target, expected))
+                warnings.warn(f"{problem}; it is fetched again.", stacklevel=2)
+            if from_file is None:
+                _transfer(url or checkpoint.url, target, expected, timeout, retries, quiet)
+            else:
+                with _atomic(target) as copy:
+                    shutil.copy(from_file, copy)  # with its permissions
+        return target
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(
+            f"{method}: {error}\nBy hand: open {checkpoint.url} in a browser, save the file as "
+            f"{target} and run this again, or pass from_file= with the file that you have."
+        ) from error
+
+
+def _known_checksum(folder: str | Path, filename: str) -> dict[str, Any] | None:
+    """Return {"sha256": ..., "size": ...} that `folder`/checksums.json has for a file, or None.
+
+    Raises:
+        CheckpointError: the list itself cannot be read.
+    """
+    listing = Path(folder) / "checksums.json"
+    try:
+        entry = json.loads(listing.read_text()).get(filename)
+        return entry and {"sha256": str(entry["sha256"]), "size": int(entry["size"])}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{listing} is not a list of checksums ({error}): restore it or delete it."
+        ) from error
+
+
+def _record_checksum(folder: str | Path, path: str | Path, sha256: str | None = None) -> None:
+    """Write SHA-256 and size of `path` into `folder`/checksums.json: trust on first use.
+
+    Raises:
+        CheckpointError: another checksum is recorded for that file name.
+    """
+    path, listing = Path(path), Path(folder) / "checksums.json"
+    entry = {"sha256": sha256 or _sha256(path), "size": path.stat().st_size}
+    with FileLock(listing.with_name(".checksums.json.lock")):
+        known = _known_checksum(folder, path.name)
+        if known == entry:
+            return
+        if known is not None:
+            raise CheckpointError(
+                f"{path}: its sha256 is {entry['sha256']}, expected {known['sha256']} as recorded "
+                f"in {listing}. Fetch the file again, or, if the published file was replaced, "
+                "delete that entry."
+            )
+        others = json.loads(listing.read_text()) if listing.exists() else {}
+        with _atomic(listing) as temporary:
+            temporary.write_text(json.dumps({**others, path.name: entry}, indent=2) + "\n")
+
+
+def _expected_checksum(
+    target: Path, sha256: str | None, from_file: str | Path | None
+) -> dict[str, Any] | None:
+    """Return {"sha256": ...} that `target` must have, None where nobody knows; check the source."""
+    if target.parent.is_file():
+        raise CheckpointError(f"{target.parent} is a file; a folder is needed there.")
+    known = _known_checksum(target.parent, target.name)
+    if sha256 is not None:
+        if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+            raise CheckpointError(f"sha256={sha256!r} is not a SHA-256 of 64 hex digits.")
+        if known and known["sha256"] != sha256.lower():
+            raise CheckpointError(
+                f"sha256={sha256!r} was asked for, but {target.parent / 'checksums.json'} "
+                f"records {known['sha256']}: one of the two is wrong."
+            )
+        known = {"sha256": sha256.lower()}
+    if from_file is not None:
+        if problem := _file_problem(Path(from_file), known):
+            raise CheckpointError(f"{from_file}: {problem}.")
+        known = known or {"sha256": _sha256(from_file)}
+    return known
+
+
+def _is_right(target: Path, expected: Mapping[str, Any] | None) -> bool:
+    """Say whether `target` is there and nothing speaks against it."""
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder and stands where the file should be.")
+    return target.exists() and _file_problem(target, expected) is None
+
+
+def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
+    """Say what is wrong with a file, or None. Without a checksum: is it one PyTorch wrote?"""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if _is_page(head):
+        return "it is a web page, not the file"
+    if expected:
+        found = _sha256(path)
+        right = found == expected["sha256"]
+        return None if right else f"its sha256 is {found}, expected {expected['sha256']}"
+    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # torch < 1.6: has no CRC
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(record.compress_type for record in archive.infolist()):
+                return "it is a compressed zip, which PyTorch does not write"
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+        return f"it is not a whole PyTorch file ({error}; it begins with {head[:8]!r})"
+    return damaged and f"its record {damaged} is damaged (CRC)"
+
+
+def _is_page(head: bytes) -> bool:
+    """Say whether a file begins like HTML or XML: what Drive sends for a quota or a login."""
+    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+
+
+def _set_aside(path: Path, problem: str | None) -> str:
+    """Rename a wrong file to <final name>.bad; return the words that say so, and why."""
+    bad = path.with_name(path.name.removesuffix(".part") + ".bad")
+    os.replace(path, bad)
+    return f"{path}: {problem}; set aside as {bad}"
+
+
+def _transfer(
+    url: str, target: Path, expected: Mapping[str, Any] | None, timeout: float, retries: int,
+    quiet: bool,
+) -> None:
+    """Fetch `url` under a temporary name, attempt by attempt; check it; give it its name."""
+    part = target.with_name(target.name + ".part")
+    for attempt in range(retries + 1):
+        try:
+            size = _fetch(url, part, timeout, quiet)
+            problem = _file_problem(part, expected)
+            if problem and size is None:
+                raise _Interrupted(f"{problem}; {url} did not say how long the file is")
+            break
+        except _Interrupted as error:
+            if attempt == retries:
+                raise CheckpointError(
+                    f"gave up after {attempt + 1} attempts: {error}. {_kept(part)}"
+                ) from error
+            time.sleep(min(0.5 * 2**attempt, 30))
+    if problem:
+        raise CheckpointError(f"{_set_aside(part, problem)}. It came from {url}.")
+    os.replace(part, target)
+    part.with_suffix(".origin").unlink(missing_ok=True)
+
+
+def _kept(part: Path) -> str:
+    """Say what an interrupted transfer left."""
+    size = part.stat().st_size if part.exists() else 0
+    return f"{size:,} bytes are kept in {part}; the next call goes on from there."
+
+
+def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> int | None:
+    """Append to `part` what is missing; return the size that the server announced, if it did."""
+    note = part.with_suffix(".origin")  # what the partial file is a part of
+    known = json.loads(note.read_text()) if part.exists() and note.exists() else {}
+    same = known.get("url") == url and any(known[name] for name in _VALIDATORS)
+    have = part.stat().st_size if same else 0
+    if have and have == known["size"]:  # killed between the last byte and the rename
+        return have
+    with _network_errors(url, part, timeout), requests.Session() as session:
+        response = _open(session, url, have, known, timeout)
+        chunks = _chunks(response, timeout)
+        first = next(chunks, b"")
+        if response.ok and _is_page(first):  # noticed before the partial file is touched
+            raise CheckpointError(f"{url} sent a web page, not the file.")
+        start, origin = _origin(response, url)
+        changed = [k for k, v in origin.items() if have and v and known[k] not in (v, None)]
+        if changed or response.status_code == 416:  # 416: it is shorter now
+            part.unlink()
+            raise CheckpointError(
+                f"the file at {url} changed while it was being fetched: it was {known}, now it "
+                f"is {origin}. The part of the old one is removed; call again for the new one."
+            )
+        if start not in (0, have):
+            raise CheckpointError(f"{url} was asked for byte {have} on and sent byte {start} on.")
+        _need_room(part.parent, (origin["size"] or 0) - start)
+        if start == 0:  # also where the server ignores the range
+            part.unlink(missing_ok=True)
+            with _atomic(note) as temporary:
+                temporary.write_text(json.dumps(origin))
+        _append(part, itertools.chain([first], chunks), origin["size"], quiet)
+    if origin["size"] not in (None, part.stat().st_size):
+        raise _Interrupted(f"{url} ended before its {origin['size']:,} bytes")
+    return origin["size"]
+
+
+@contextlib.contextmanager
+def _network_errors(url: str, part: Path, timeout: float) -> Iterator[None]:
+    """Sort what went wrong on the way: worth another attempt, or an error for the user."""
+    try:
+        yield
+    except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
+        raise CheckpointError(f"{url} sent nothing for {timeout:g} s. {_kept(part)}") from error
+    except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
+        raise _Interrupted(f"the connection to {url} was lost ({error})") from error
+    except requests.RequestException as error:
+        raise CheckpointError(f"{url} cannot be fetched: {error}") from error
+
+
+def _open(
+    session: requests.Session, url: str, have: int, known: Mapping[str, Any], timeout: float
+) -> requests.Response:
+    """Ask for `url` from byte `have` on, through Drive's page about large files if it comes."""
+    from gdown.download import get_url_from_gdrive_confirmation
+    from gdown.exceptions import FileURLRetrievalError
+    from gdown.parse_url import is_google_drive_url
+
+    # A range is asked for even from 0: Drive then tells the length, which it may leave out.
+    headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+    if have and (validator := known["ETag"] or known["Last-Modified"]):
+        headers["If-Range"] = validator
+    get = functools.partial(session.get, headers=headers, stream=True, timeout=timeout)
+    response = get(url)
+    if response.ok and is_google_drive_url(url) and "Content-Disposition" not in response.headers:
+        try:
+            response = get(get_url_from_gdrive_confirmation(response.text))
+        except FileURLRetrievalError as error:
+            raise CheckpointError(f"{url} sent a web page, not the file: {error}") from error
+    answer = f"{url} answered with status {response.status_code} ({response.reason})"
+    if response.status_code in (408, 429, 500, 502, 503, 504):
+        raise _Interrupted(answer)
+    if not response.ok and not (have and response.status_code == 416):
+        raise CheckpointError(f"{answer}.")
+    return response
+
+
+def _chunks(response: requests.Response, timeout: float) -> Iterator[bytes]:
+    """Yield the body as it arrives; a trickle below 1 kB/s over `timeout` seconds is an error."""
+    since, arrived = time.monotonic(), 0
+    while chunk := response.raw.read1(1 << 20):
+        yield chunk
+        arrived += len(chunk)
+        if time.monotonic() - since > timeout:
+            if arrived < 1000 * timeout:
+                raise urllib3.exceptions.TimeoutError(f"{arrived} bytes in {timeout:g} s")
+            since, arrived = time.monotonic(), 0
+
+
+def _origin(response: requests.Response, url: str) -> tuple[int, dict[str, Any]]:
+    """Return the first byte that is sent, and what tells the remote file from a changed one."""
+    start, size = 0, response.headers.get("Content-Length", "")
+    if response.status_code != 200:  # then "bytes 5-9/10" speaks for the whole file
+        words = response.headers.get("Content-Range", "")
+        start, size = int(re.match(r"(?:bytes (\d+))?", words)[1] or -1), words.rpartition("/")[2]
+    validators = {name: response.headers.get(name) for name in _VALIDATORS}
+    return start, {"url": url, "size": int(size) if size.isdigit() else None, **validators}
+
+
+def _need_room(folder: Path, size: int) -> None:
+    """Raise CheckpointError if the disk has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise CheckpointError(
+            f"the disk of {folder} is too full: {size / 1e6:,.1f} MB are needed, "
+            f"{free / 1e6:,.1f} MB are free."
+        )
+
+
+def _append(part: Path, chunks: Iterable[bytes], size: int | None, quiet: bool) -> None:
+    """Write `chunks` to the end of `part`, with a progress bar."""
+    try:
+        with open(part, "ab") as file, tqdm(
+            total=size, initial=file.tell(), unit="B", unit_scale=True, desc=part.stem,
+            disable=quiet,
+        ) as bar:
+            for chunk in chunks:
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{part} could not be written: {error}. {_kept(part)}") from error
+
+
+# --- end of download ---
+
 # =============================================================================
 # Data
 # =============================================================================
+
+
+SPLITS = ("train", "val", "test")
+TASKS = ("binary", "multi-class", "ordinal", "multi-label")
+MEDMNIST = (
+    "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
+    "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
+)
+DATASETS: dict[str, str] = {
+    "phantom": "CT-like slices drawn here, nothing is downloaded; results are stamped DEMO",
+    "covid_ct": "COVID-CT (UCSD-AI4H), 746 CT slices, official split; fetched by the user",
+    **{flag: f"MedMNIST {flag}, 28 x 28 pixels, enlarged for the network" for flag in MEDMNIST},
+    **{f"{flag}_{size}": f"MedMNIST {flag}, natively {size} x {size} pixels, another file"
+       for flag in MEDMNIST for size in (64, 128, 224)},
+}
 
 
 @dataclass(frozen=True)
@@ -197,23 +557,39 @@ class Split:
 
     Attributes:
         images: (N, H, W) grey or (N, H, W, 3) RGB; uint8 0..255, or float32 in the same range.
-        labels: (N,) int64 class indices.
+        labels: (N,) int64 class indices; multi-label: (N, L) int64 of 0 and 1.
         ids: (N,) str, unique within the data set (file name or index).
         groups: (N,) str patient ids, "" where unknown; None if the data set has none.
+        articles: (N,) str publications that the images were cut from, "" where unknown, or None.
     """
 
     images: np.ndarray
     labels: np.ndarray
     ids: np.ndarray
     groups: np.ndarray | None = None
+    articles: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: np.ndarray) -> Split:
         """Return the images at `index` as a new Split."""
-        groups = None if self.groups is None else self.groups[index]
-        return Split(self.images[index], self.labels[index], self.ids[index], groups)
+        columns = (self.images, self.labels, self.ids, self.groups, self.articles)
+        return Split(*(None if c is None else c[index] for c in columns))
+
+    @property
+    def ids_fingerprint(self) -> str:
+        """SHA-256 of the ids alone: which images these are, at whatever size."""
+        return hashlib.sha256("\n".join(map(str, self.ids)).encode()).hexdigest()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of ids, labels and pixels."""
+        digest = hashlib.sha256(self.ids_fingerprint.encode())
+        for array in (self.labels, self.images):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -228,6 +604,9 @@ class DataSplits:
         source: one line: where it came from, its licence.
         demo: True for procedural images, whose results are stamped DEMO.
         notes: facts the reader should know (excluded files, known overlaps).
+        task: one of TASKS.
+        published_split: True if the split is the publisher's and is kept as it is, overlaps
+            included, so that results can be compared with others'.
     """
 
     name: str
@@ -240,6 +619,690 @@ class DataSplits:
     source: str
     demo: bool = False
     notes: tuple[str, ...] = ()
+    task: str = "binary"
+    published_split: bool = False
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the fingerprints of train, val and test."""
+        parts = (getattr(self, name).fingerprint for name in SPLITS)
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a result file should say about this data set, JSON-ready."""
+        return {
+            "name": self.name, "source": self.source, "demo": self.demo, "task": self.task,
+            "class_names": list(self.class_names), "mean": list(self.mean), "std": list(self.std),
+            "published_split": self.published_split, "notes": list(self.notes),
+            "counts": {name: len(getattr(self, name)) for name in SPLITS},
+            "image_shape": list(self.train.images.shape[1:]),
+            "dtype": str(self.train.images.dtype), "fingerprint": self.fingerprint,
+        }
+
+
+def load_data(
+    dataset: str | Path = "phantom", *, image_size: int = 224, data_dir: str | Path = "data",
+    seed: int = 0, download: bool = True, dtype: str = "uint8", split: str = "official",
+    unofficial: bool = False,
+) -> DataSplits:
+    """Load a data set by name into memory.
+
+    Images that share one size keep it ("organsmnist" stays at 28 x 28 and is enlarged by the
+    training code; "organsmnist_224" is another file, natively 224 x 224). Images of many sizes
+    (COVID-CT) are area-resized here to `image_size`, the rule of the authors' MONAI `Resize`.
+
+    Args:
+        dataset: a name in DATASETS, or the path of a folder in COVID-CT's published layout.
+        image_size: side in pixels of the phantoms, and of images that come in many sizes.
+        data_dir: where MedMNIST's `<name>.npz` and the folder `covid_ct` are, or are put.
+        seed: of the phantoms, and of a grouped split.
+        download: fetch a missing MedMNIST file from its publisher.
+        dtype: "uint8", or "float32": resized images stay unrounded (the paper recipe), 0..255.
+        split: "official", or "grouped": train, val and test are drawn anew so that no patient
+            or article is in two of them.
+        unofficial: accept a MedMNIST file whose MD5 isn't the official one; noted in the result.
+
+    Raises:
+        ValueError: unknown name or option; a file that isn't what it should be.
+        FileNotFoundError: data that the user has to fetch; says from where and where to put it.
+    """
+    _choose(dtype, ("uint8", "float32"), "dtype")
+    _choose(split, ("official", "grouped"), "split")
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1 pixel, not {image_size}.")
+    name = str(dataset)
+    if name == "phantom":
+        data = demo_data(seed, image_size=image_size)
+    elif name == "covid_ct":
+        data = _load_covid_ct(Path(data_dir) / "covid_ct", image_size, dtype)
+    elif name in DATASETS:
+        data = _load_medmnist(name, Path(data_dir), download, unofficial)
+    elif Path(name).is_dir() or "/" in name or os.sep in name:
+        data = _load_folder(Path(name), image_size, dtype)
+    else:
+        named = [known for known in DATASETS if not known[-1].isdigit()]
+        try:
+            _choose(name, named, "dataset")
+        except ValueError as error:
+            raise ValueError(f"{error} A MedMNIST name may end in _64, _128 or _224; a folder is "
+                             f"given by its path.") from None
+    return data if split == "official" else _regroup(data, seed)
+
+
+def _load_folder(folder: Path, image_size: int, dtype: str) -> DataSplits:
+    """Load a folder by its layout."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. Check the path of the data set.")
+    if (folder / "Data-split").is_dir():
+        return _load_covid_ct(folder, image_size, dtype)
+    raise ValueError(
+        f"The layout of {folder} is not known: expected COVID-CT's published one (Data-split/, "
+        f"CT_COVID/, CT_NonCOVID/), found {sorted(p.name for p in folder.iterdir())[:5]}.")
+
+
+# MedMNIST --------------------------------------------------------------------
+
+
+def _load_medmnist(name: str, data_dir: Path, download: bool, unofficial: bool) -> DataSplits:
+    """Load one file of the MedMNIST catalogue; `name` ends in the size unless that is 28."""
+    from medmnist import INFO                                        # slow to import
+
+    flag, _, size = name.partition("_")
+    info, suffix = INFO[flag], f"_{size}" if size else ""
+    path = data_dir / f"{name}.npz"
+    notes = _fetch_medmnist(path, info[f"url{suffix}"], info[f"MD5{suffix}"], download, unofficial)
+    task = {"binary-class": "binary", "ordinal-regression": "ordinal",
+            "multi-label, binary-class": "multi-label"}.get(info["task"], info["task"])
+    parts = _read_medmnist(path, task)
+    for part, count in info["n_samples"].items():
+        if len(parts[part]) != count:
+            notes.append(f"{part}: {len(parts[part]):,} images, the catalogue says {count:,}.")
+    return DataSplits(
+        name=name, **parts, class_names=tuple(info["label"].values()),
+        mean=(0.5,) * 3, std=(0.5,) * 3, task=task, notes=tuple(notes), published_split=True,
+        source=f"MedMNIST {info['python_class']}, {size or 28} px, {info[f'url{suffix}']}, "
+               f"licence {info['license']}",
+    )
+
+
+def _fetch_medmnist(path: Path, url: str, md5: str, download: bool, unofficial: bool) -> list[str]:
+    """Make sure that `path` is the official file; return notes for the result."""
+    by_hand = f"Fetch {url} by hand, check its MD5 ({md5}) and save it as {path}."
+    if not path.exists():
+        if not download:
+            raise FileNotFoundError(f"{path} is missing and download is off. {by_hand}")
+        _download_md5(url, path, md5, by_hand)
+        return []
+    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if found == md5:
+        return []
+    if unofficial:
+        return [f"{path.name} is not the official file (MD5 {found}, official {md5}); it was "
+                f"accepted because unofficial=True."]
+    raise ValueError(
+        f"{path} is not the official file: its MD5 is {found}, expected {md5}. Move it away and "
+        f"load again to fetch the official one, or pass unofficial=True to use it as it is.")
+
+
+def _download_md5(url: str, path: Path, md5: str, by_hand: str) -> None:
+    """Download `url` to `path`, checked by MD5, tried again if cut short; see pooch."""
+    import pooch
+
+    fetcher = pooch.create(path.parent, base_url="", registry={path.name: f"md5:{md5}"},
+                           urls={path.name: url}, retry_if_failed=3)
+    try:
+        fetcher.fetch(path.name, downloader=pooch.HTTPDownloader(progressbar=True, timeout=30))
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path.name} could not be downloaded: {error}. {by_hand}") from error
+
+
+def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
+    """Read the three splits of a MedMNIST `.npz`; single labels become (N,)."""
+    parts = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for part in SPLITS:
+                images, labels = file[f"{part}_images"], file[f"{part}_labels"].astype(np.int64)
+                labels = labels if task == "multi-label" else labels.reshape(-1)
+                ids = np.array([f"{part}/{i:06d}" for i in range(len(labels))])
+                parts[part] = Split(images, labels, ids)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a MedMNIST file ({error}). It must hold train_images, "
+                         f"train_labels and the same for val and test.") from error
+    return parts
+
+
+# COVID-CT --------------------------------------------------------------------
+
+COVID_CT_CLASSES = ("COVID", "NonCOVID")      # the authors' order: COVID is label 0
+COVID_CT_URL = "https://github.com/UCSD-AI4H/COVID-CT"
+COVID_CT_MEAN, COVID_CT_STD = (0.5600, 0.5596, 0.5596), (0.2905, 0.2907, 0.2908)  # authors' code
+
+
+def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
+    """Load COVID-CT from its repository's layout, as folders or as the published zip files."""
+    if not (folder / "Data-split").is_dir():
+        raise FileNotFoundError(
+            f"COVID-CT is not in {folder}. Its licence is unclear, so it is never downloaded "
+            f"for you: clone {COVID_CT_URL} and copy or link its Images-processed/ and "
+            f"Data-split/ there.")
+    files = {name: _covid_ct_images(folder, f"CT_{name}") for name in COVID_CT_CLASSES}
+    patients, notes = _covid_ct_patients(folder)
+    parts, listed, formats = {}, 0, []
+    for part in SPLITS:
+        names, labels = _covid_ct_list(folder, part, files)
+        listed += len(names)
+        sources = [files[COVID_CT_CLASSES[label]][name] for name, label in zip(names, labels)]
+        ids = [f"CT_{COVID_CT_CLASSES[label]}/{name}" for name, label in zip(names, labels)]
+        images, found = _decode_all(sources, ids, image_size, dtype)
+        formats += [kind for kind, name in zip(found, names) if name.endswith(".png")]
+        parts[part] = Split(
+            images, np.array(labels, np.int64), np.array(ids),
+            np.array([patients.get(Path(i).with_suffix("").as_posix(), "") for i in ids]),
+            np.array([_covid_ct_article(i) for i in ids]))
+    notes += [f"{formats.count('JPEG')} JPEG files are named .png."] if "JPEG" in formats else []
+    left = sum(map(len, files.values())) - listed
+    notes += [f"{left} images are in no split list and were left out."] if left else []
+    unknown = sum(int((p.groups == "").sum()) for p in parts.values())
+    notes += [f"The patient is not known for {unknown} of {listed} images."] if unknown else []
+    return DataSplits(
+        name="covid_ct", **parts, class_names=COVID_CT_CLASSES,
+        mean=COVID_CT_MEAN, std=COVID_CT_STD, notes=tuple(notes), published_split=True,
+        source=f"COVID-CT, official split, {COVID_CT_URL}; rights stay with the articles' authors",
+    )
+
+
+def _covid_ct_images(folder: Path, kind: str) -> dict[str, Path | tuple[Path, str]]:
+    """Map file name to path, or to (zip, member), of the images of `kind` (CT_COVID ...)."""
+    for root in (folder, folder / "Images-processed"):
+        if (root / kind).is_dir():
+            return {p.name: p for p in sorted((root / kind).iterdir())
+                    if p.is_file() and not p.name.startswith(".")}
+        if (root / f"{kind}.zip").is_file():
+            with zipfile.ZipFile(root / f"{kind}.zip") as file:
+                members = [m for m in file.namelist() if not m.endswith("/")]
+            return {m.rsplit("/", 1)[-1]: (root / f"{kind}.zip", m) for m in members
+                    if not m.rsplit("/", 1)[-1].startswith(".")}
+    raise FileNotFoundError(f"{folder} has neither {kind}/ nor {kind}.zip, also not in "
+                            f"Images-processed/. Copy it from {COVID_CT_URL}.")
+
+
+def _covid_ct_list(
+    folder: Path, part: str, files: Mapping[str, Mapping[str, Any]],
+) -> tuple[list[str], list[int]]:
+    """Read the split lists of `part`, COVID first as the authors do; return names and labels."""
+    names, labels = [], []
+    for label, kind in enumerate(COVID_CT_CLASSES):
+        path = folder / "Data-split" / kind / f"{part}CT_{kind}.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"The split list {path} is missing. Copy Data-split/ from "
+                                    f"{COVID_CT_URL}.")
+        listed = path.read_text(encoding="utf-8").split("\n")        # some lines end in CRLF
+        listed = [line.strip() for line in listed if line.strip()]
+        missing = [name for name in listed if name not in files[kind]]
+        if missing:
+            raise FileNotFoundError(f"{len(missing)} of {len(listed)} images named in {path} are "
+                                    f"missing, among them {missing[:3]}.")
+        names += listed
+        labels += [label] * len(listed)
+    return names, labels
+
+
+def _covid_ct_article(image_id: str) -> str:
+    """Return the source article of a COVID image, "" for others: names are article-pPAGE-..."""
+    kind, name = image_id.split("/")
+    return re.split(r"-p\d+-|_\d|%\d", Path(name).stem)[0] if kind == "CT_COVID" else ""
+
+
+def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Map "CT_COVID/stem" to a patient id from what meta tables there are; return notes too.
+
+    Read are `manifest.csv` (path, patient_id) or else the repository's own meta tables.
+    """
+    tables = (("manifest.csv", "path", "patient_id", ""),
+              ("COVID-CT-MetaInfo.xlsx", "File name", "Patient ID", "CT_COVID/"),
+              ("NonCOVID-CT-MetaInfo.csv", "image name", "patient id", "CT_NonCOVID/"))
+    patients: dict[str, str] = {}
+    for filename, column, patient, prefix in tables:
+        if not (folder / filename).is_file() or (patients and filename == "manifest.csv"):
+            continue
+        read = pd.read_csv if filename.endswith(".csv") else pd.read_excel
+        table = read(folder / filename, dtype=str)[[column, patient]].dropna()
+        stems = (prefix + table[column].str.strip()).str.replace(r"\.(png|jpe?g)$", "", regex=True)
+        patients.update(zip(stems, table[patient].str.strip()))
+    return patients, [] if patients else ["No meta table: patients are unknown."]
+
+
+def _decode_all(sources: Sequence[Any], ids: Sequence[str], image_size: int,
+                dtype: str) -> tuple[np.ndarray, list[str]]:
+    """Decode images into (N, image_size, image_size, 3) and name their formats.
+
+    Raises:
+        ValueError: names every image that could not be read, and why.
+    """
+    def decode(number: int) -> str:
+        try:
+            with Image.open(_image_file(sources[number])) as image:
+                images[number] = _area_resize(np.array(image.convert("RGB")), image_size, dtype)
+                return str(image.format)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            broken.append(f"{ids[number]}: {error}")
+            return ""
+
+    images = np.empty((len(sources), image_size, image_size, 3), dtype)
+    broken: list[str] = []
+    with ThreadPoolExecutor() as pool:                               # Pillow frees the GIL
+        formats = list(pool.map(decode, range(len(sources))))
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(sources)} images can't be read:\n  "
+                         + "\n  ".join(sorted(broken)))
+    return images, formats
+
+
+def _image_file(source: Path | tuple[Path, str]) -> Path | io.BytesIO:
+    """Return what Pillow can open: the path, or the bytes of a zip's member."""
+    if isinstance(source, Path):
+        return source
+    with zipfile.ZipFile(source[0]) as file:
+        return io.BytesIO(file.read(source[1]))
+
+
+def _area_resize(image: np.ndarray, size: int, dtype: str) -> np.ndarray:
+    """Resize (H, W, 3) uint8 to (size, size, 3): each new pixel is the mean of its area."""
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+    pixels = F.interpolate(pixels, size=(size, size), mode="area")[0].permute(1, 2, 0)
+    return (pixels.round().byte() if dtype == "uint8" else pixels).numpy()
+
+
+# Splits and subsets ----------------------------------------------------------
+
+
+def _regroup(data: DataSplits, seed: int) -> DataSplits:
+    """Split all images anew: stratified, no patient and no article in two splits.
+
+    About a quarter becomes the test set and a fifth of the rest the validation set, by
+    scikit-learn's StratifiedGroupKFold.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    if data.train.groups is None or data.task == "multi-label":
+        raise ValueError(f"{data.name} can't be split by group: "
+                         f"{'multi-label' if data.train.groups is not None else 'no patient ids'}"
+                         f". Use split='official'.")
+    pool = _join([getattr(data, name) for name in SPLITS])
+    units = _split_units(pool)
+
+    def hold_out(index: np.ndarray, folds: int) -> tuple[np.ndarray, np.ndarray]:
+        kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        rest, held = next(kfold.split(index, pool.labels[index], units[index]))
+        return index[rest], index[held]
+
+    rest, test = hold_out(np.arange(len(pool)), 4)
+    train, val = hold_out(rest, 5)
+    return dataclasses.replace(
+        data, train=pool.take(train), val=pool.take(val), test=pool.take(test),
+        published_split=False, source=f"{data.source}; grouped split, seed {seed}",
+        notes=(*data.notes, f"Split anew by patient and article with seed {seed}: not "
+                            f"comparable with results on the published split."))
+
+
+def _join(parts: Sequence[Split]) -> Split:
+    """Return several Splits as one."""
+    def column(name: str) -> np.ndarray | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    return Split(*(column(f.name) for f in dataclasses.fields(Split)))
+
+
+def _split_units(part: Split) -> np.ndarray:
+    """Return (N,) ids of what must stay together: the article if known, else patient, else image.
+
+    No patient of COVID-CT is in two articles, so an article holds its patients whole.
+    """
+    units = part.ids
+    for column in (part.groups, part.articles):
+        units = units if column is None else np.where(column == "", units, column)
+    return units
+
+
+def label_subset(
+    labels: np.ndarray, fraction: float, *, seed: int = 0, groups: np.ndarray | None = None,
+    min_per_class: int = 1, rule: str = "stratified",
+) -> np.ndarray:
+    """Choose the images whose labels may be used for training.
+
+    "stratified" is our rule: for one seed the subset of a smaller fraction lies within that of
+    a larger one, every class keeps its share and at least `min_per_class` images, and a
+    patient is in or out as a whole. The authors' two rules are there to repeat their
+    numbers: "authors" shuffles by Python's `random` and takes the first n (COVID-CT;
+    their seed was always 42, whatever they set), "first" takes the first n unshuffled
+    (OrganSMNIST). Neither looks at classes or patients.
+
+    Args:
+        labels: (N,) class indices, or (N, L) of 0 and 1.
+        fraction: share of the images, in (0, 1]; exact only up to whole images and patients.
+        groups: (N,) patient ids, "" where unknown; None to choose image by image.
+
+    Returns:
+        (n,) int64 indices, sorted.
+
+    Raises:
+        ValueError: `fraction` outside (0, 1], or so small that nothing is left.
+    """
+    _choose(rule, ("stratified", "authors", "first"), "subset rule")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"label_fraction is {fraction}; it must be above 0 and at most 1 "
+                         f"(0.1 for a tenth of the labels).")
+    order = list(range(len(labels)))
+    if rule == "stratified":
+        chosen = _stratified_subset(np.asarray(labels), fraction, seed, groups, min_per_class)
+    else:
+        if rule == "authors":
+            random.Random(seed).shuffle(order)
+        chosen = np.sort(np.array(order[:int(len(order) * fraction)], np.int64))
+    if len(chosen) == 0:
+        raise ValueError(f"label_fraction {fraction} of {len(labels)} images leaves none.")
+    return chosen
+
+
+def _stratified_subset(labels: np.ndarray, fraction: float, seed: int,
+                       groups: np.ndarray | None, min_per_class: int) -> np.ndarray:
+    """Take, in each stratum of units, the seeded prefix whose size is nearest to its share.
+
+    A unit is a patient (or an image without one); its stratum is its rarest class. The few
+    units that give every class its minimum come first, for all fractions alike: with that, the
+    subsets are nested.
+    """
+    member = _class_members(labels)                                  # (N, C) bool
+    names = np.array([f"image {i}" for i in range(len(labels))])
+    if groups is not None:
+        names = np.where(groups == "", names, np.char.add("patient ", groups.astype(str)))
+    _, unit = np.unique(names, return_inverse=True)                  # (N,) unit of each image
+    sizes = np.bincount(unit)                                        # (U,)
+    counts = np.stack([np.bincount(unit, column) for column in member.T], 1)     # (U, C)
+    rarity = np.where(counts > 0, member.sum(0), len(labels) + 1)
+    stratum = rarity.argmin(1)                                       # (U,)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    core, have = np.zeros(len(sizes), bool), np.zeros(member.shape[1])
+    for u in order:
+        core[u] = ((have < min_per_class) & (counts[u] > 0)).any()
+        have += counts[u] * core[u]
+    chosen = core.copy()
+    for c in np.unique(stratum):
+        line = order[stratum[order] == c]
+        line = np.concatenate([line[core[line]], line[~core[line]]])
+        reached = np.concatenate([[0], sizes[line].cumsum()])
+        nearest = np.abs(reached - fraction * reached[-1]).argmin()
+        chosen[line[:nearest]] = True
+    return np.flatnonzero(chosen[unit]).astype(np.int64)
+
+
+def _class_members(labels: np.ndarray) -> np.ndarray:
+    """Return (N, C) bool: which classes an image belongs to; "no finding" is a class too."""
+    if labels.ndim == 1:
+        return labels[:, None] == np.unique(labels)[None]
+    member = np.concatenate([labels > 0, labels.sum(1, keepdims=True) == 0], 1)
+    return member[:, member.any(0)]
+
+
+def save_subset(path: str | Path, data: DataSplits, index: np.ndarray, **asked: Any) -> None:
+    """Write the ids of a label subset as JSON, so that others can train on the same images.
+
+    Args:
+        index: what `label_subset` returned for `data.train`.
+        asked: fraction, seed, rule: kept beside the ids.
+    """
+    part = data.train.take(index)
+    record = {"dataset": data.name, **asked, "n": len(part),
+              "ids_sha256": part.ids_fingerprint, "ids": part.ids.tolist()}
+    with _atomic(path) as file:
+        file.write_text(json.dumps(record, indent=1))
+# Checks before anything is trained -------------------------------------------
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What `check_splits` found; prints in a terminal, shows tables and pictures in a notebook.
+
+    Attributes:
+        name: the data set.
+        errors: what must be mended before training.
+        warnings: what a reader of the results must know; recorded with them.
+        tables: "classes", "intensity", and where there are any "duplicates", "patients",
+            "articles".
+        pictures: (caption, image, image) of the first duplicate pairs.
+    """
+
+    name: str
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+    tables: Mapping[str, pd.DataFrame]
+    pictures: tuple[tuple[str, np.ndarray, np.ndarray], ...] = ()
+
+    def raise_for_errors(self) -> None:
+        """Raise ValueError with all errors, if there are any."""
+        if self.errors:
+            raise ValueError(f"{self.name} is not fit for training:\n  " + "\n  ".join(self.errors))
+
+    @property
+    def verdict(self) -> str:
+        """One line: is it fit for training?"""
+        return (f"{self.name}: {'NOT fit' if self.errors else 'fit'} for training, "
+                f"{len(self.errors)} errors, {len(self.warnings)} warnings")
+
+    def __str__(self) -> str:
+        lines = [self.verdict, *(f"ERROR    {e}" for e in self.errors),
+                 *(f"WARNING  {w}" for w in self.warnings)]
+        for title, table in self.tables.items():
+            more = f"\n... {len(table) - 12} more rows" if len(table) > 12 else ""
+            lines += ["", title, table.head(12).to_string() + more]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        escape = html.escape
+        found = [f"<li><b>{kind}</b> {escape(text)}</li>" for kind, texts in
+                 (("Error", self.errors), ("Warning", self.warnings)) for text in texts]
+        parts = [f"<p><b>{escape(self.verdict)}</b></p><ul>{''.join(found)}</ul>"]
+        for title, table in self.tables.items():
+            more = f" (first 12 of {len(table)} rows)" if len(table) > 12 else ""
+            parts.append(f"<p>{title}{more}</p>{table.head(12).to_html()}")
+        parts += [f"<figure style='display:inline-block'>{_thumbnail(a)} {_thumbnail(b)}"
+                  f"<figcaption>{escape(caption)}</figcaption></figure>"
+                  for caption, a, b in self.pictures]
+        return "".join(parts)
+
+
+def _thumbnail(image: np.ndarray) -> str:
+    """Return an image as an HTML tag that holds its pixels."""
+    file = io.BytesIO()
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((96, 96)).save(file, "PNG")
+    return f"<img src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
+
+
+def check_splits(
+    data: DataSplits, *, method: str | None = None, fractions: Sequence[float] = (),
+    seed: int = 0, min_per_class: int = 1,
+) -> SplitReport:
+    """Look for what would make a result wrong: leaks, contradictions, gaps, odd intensities.
+
+    The same picture or patient in two splits, and the same picture in two classes, are errors;
+    in a published split, which is kept for comparison, they are warnings.
+
+    Args:
+        method: the checkpoint whose pre-training intensities the images are held against.
+        fractions, seed, min_per_class: label subsets to count, chosen as `label_subset` does.
+    """
+    parts = {name: getattr(data, name) for name in SPLITS}
+    tables: dict[str, pd.DataFrame] = {}
+    tables["classes"], gaps, missing = _check_classes(data, parts, fractions, seed, min_per_class)
+    tables["intensity"], broken, odd = _check_intensity(data, parts, method)
+    pairs = _duplicate_pairs(parts)
+    leaks = _describe_duplicates(pairs)
+    repeated = [i for i, n in Counter(i for p in parts.values() for i in p.ids).items() if n > 1]
+    if repeated:
+        broken.append(f"{len(repeated)} ids occur twice, among them {repeated[:3]}.")
+    warnings = missing + odd
+    if len(pairs):
+        tables["duplicates"] = pairs
+        inside = int(((pairs.split == pairs.other_split) & (pairs.label == pairs.other_label)).sum())
+        warnings += [f"{inside} pairs of identical images within a split."] if inside else []
+    for kind, column in (("patients", "groups"), ("articles", "articles")):
+        shared = _shared_groups(parts, column)
+        if shared is None or not len(shared):
+            continue
+        tables[kind] = shared
+        text = f"{len(shared)} {kind} in more than one split: {', '.join(shared.index[:5])}."
+        (leaks if kind == "patients" else warnings).append(text)
+    if data.train.groups is None:
+        warnings.append("Patients are not known: one may be in several splits, unseen.")
+    if data.published_split:
+        warnings += [f"{leak} The published split is kept for comparability." for leak in leaks]
+        leaks = []
+    return SplitReport(data.name, tuple(gaps + broken + leaks), tuple(warnings), tables,
+                       _duplicate_pictures(pairs, parts))
+
+
+def _check_classes(
+    data: DataSplits, parts: Mapping[str, Split], fractions: Sequence[float], seed: int,
+    min_per_class: int,
+) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Count images per class, split and label fraction; return table, errors, warnings."""
+    columns = {name: part.labels for name, part in parts.items()}
+    for fraction in fractions:
+        index = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
+                             min_per_class=min_per_class)
+        columns[f"train at {fraction:g}"] = data.train.labels[index]
+    count = len(data.class_names)
+
+    def per_class(labels: np.ndarray) -> np.ndarray:
+        return labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=count)
+
+    outside = {name: sorted(set(np.unique(part.labels)) - set(range(max(count, 2))))
+               for name, part in parts.items()}
+    errors = [f"{name} has labels {[int(v) for v in values]} without a class name."
+              for name, values in outside.items() if values]
+    if errors:
+        return pd.DataFrame(), errors, []
+    table = pd.DataFrame({name: per_class(labels) for name, labels in columns.items()},
+                         index=pd.Index(data.class_names, name="class"))
+    warnings = []
+    for name in table.columns:
+        absent = list(table.index[table[name] == 0])
+        if absent:
+            text = f"{name} has no image of {', '.join(absent)}"
+            single = data.task != "multi-label" and (table[name] > 0).sum() < 2
+            if single or name.startswith("train"):
+                errors.append(f"{text}; training or scoring needs it.")
+            else:
+                warnings.append(f"{text}: scores of that class are undefined there.")
+    return table, errors, warnings
+
+
+def _check_intensity(
+    data: DataSplits, parts: Mapping[str, Split], method: str | None,
+) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Hold pixel values against their stated range and the checkpoint's pre-training input."""
+    rows = {name: _intensity(part.images) for name, part in parts.items() if len(part)}
+    errors = [f"{name} has pixels outside 0..255 or not finite ({row['min'] * 255:.0f} to "
+              f"{row['max'] * 255:.0f})." for name, row in rows.items()
+              if not (row["min"] >= 0 and row["max"] <= 1)]
+    warnings = [f"{name} has no pixel above {row['max'] * 255:.0f} of 255: was it scaled twice?"
+                for name, row in rows.items() if row["max"] < 0.2]
+    for name, part in parts.items():
+        flat = part.images.reshape(len(part), -1)
+        same = part.ids[flat.min(1) == flat.max(1)] if len(part) else []
+        if len(same):
+            warnings.append(f"{len(same)} images of {name} hold one grey value only, among them "
+                            f"{list(map(str, same[:3]))}.")
+    rows["stated for the data set"] = {"mean": np.mean(data.mean), "std": np.mean(data.std)}
+    own = rows.get("train", {}).get("mean", np.nan), rows.get("train", {}).get("std", np.nan)
+    if method in CHECKPOINTS:
+        known = CHECKPOINTS[method]
+        mean, std = float(np.mean(known.mean)), float(np.mean(known.std))
+        rows[f"pre-training of {method}"] = {"mean": mean, "std": std}
+        rows["train, normalised by data set"] = {
+            "mean": (own[0] - np.mean(data.mean)) / np.mean(data.std),
+            "std": own[1] / np.mean(data.std)}
+        rows["train, normalised by checkpoint"] = {"mean": (own[0] - mean) / std,
+                                                    "std": own[1] / std}
+        if abs(own[0] - mean) > std:
+            warnings.append(f"Brightness differs from the pre-training input of {method}: mean "
+                            f"{own[0]:.2f} here, {mean:.2f} +- {std:.2f} there.")
+    return pd.DataFrame(rows).T.round(3), errors, warnings
+
+
+def _intensity(images: np.ndarray) -> dict[str, float]:
+    """Return mean, std, min and max of images in units of [0, 1], in memory-sparing chunks."""
+    total = squares = 0.0
+    for chunk in np.array_split(images, max(1, images.size // 2**24)):
+        values = chunk.astype(np.float64) / 255
+        total, squares = total + values.sum(), squares + (values * values).sum()
+    mean = total / images.size
+    return {"mean": mean, "std": math.sqrt(max(0.0, squares / images.size - mean * mean)),
+            "min": float(images.min()) / 255, "max": float(images.max()) / 255}
+
+
+def _duplicate_pairs(parts: Mapping[str, Split]) -> pd.DataFrame:
+    """List images whose pixels equal those of an earlier one; one row a pair."""
+    first: dict[bytes, tuple[str, int]] = {}
+    rows = []
+    for name, part in parts.items():
+        for i, image in enumerate(part.images):
+            digest = hashlib.sha256(np.ascontiguousarray(image)).digest()
+            other, j = first.setdefault(digest, (name, i))
+            if (other, j) != (name, i):
+                rows.append((other, parts[other].ids[j], _label_text(parts[other].labels[j]),
+                             name, part.ids[i], _label_text(part.labels[i])))
+    return pd.DataFrame(rows, columns=["split", "id", "label", "other_split", "other_id",
+                                       "other_label"])
+
+
+def _label_text(label: np.ndarray) -> str:
+    """Return a label as text: "3", or "0 1 0" for a multi-label row."""
+    return " ".join(map(str, np.atleast_1d(label)))
+
+
+def _describe_duplicates(pairs: pd.DataFrame) -> list[str]:
+    """Say which duplicate pairs cross splits or classes."""
+    found = []
+    crossing = pairs[pairs.split != pairs.other_split]
+    for (one, other), rows in crossing.groupby(["split", "other_split"]):
+        found.append(f"{len(rows)} images of {other} are pixel for pixel in {one} too, for "
+                     f"example {rows.id.iloc[0]} = {rows.other_id.iloc[0]}.")
+    torn = pairs[pairs.label != pairs.other_label]
+    if len(torn):
+        found.append(f"{len(torn)} pairs of identical images have different labels, for example "
+                     f"{torn.id.iloc[0]} ({torn.label.iloc[0]}) = {torn.other_id.iloc[0]} "
+                     f"({torn.other_label.iloc[0]}).")
+    return found
+
+
+def _shared_groups(parts: Mapping[str, Split], column: str) -> pd.DataFrame | None:
+    """Count images per split of the patients (or articles) that are in several splits."""
+    if any(getattr(part, column) is None for part in parts.values()):
+        return None
+    counts = pd.DataFrame({name: pd.Series(getattr(part, column)).value_counts()
+                           for name, part in parts.items()}).fillna(0).astype(int)
+    counts = counts[counts.index != ""]
+    return counts[(counts > 0).sum(axis=1) > 1].sort_index()
+
+
+def _duplicate_pictures(
+    pairs: pd.DataFrame, parts: Mapping[str, Split], limit: int = 4,
+) -> tuple[tuple[str, np.ndarray, np.ndarray], ...]:
+    """Return caption and images of the first pairs, those across splits or classes first."""
+    if not len(pairs):
+        return ()
+    worst = (pairs.split != pairs.other_split) | (pairs.label != pairs.other_label)
+    shown = pairs.assign(worst=~worst).sort_values("worst", kind="stable").head(limit)
+
+    def image(split: str, image_id: str) -> np.ndarray:
+        return parts[split].images[int(np.flatnonzero(parts[split].ids == image_id)[0])]
+
+    return tuple((f"{r.split} {r.id} ({r.label}) = {r.other_split} {r.other_id} ({r.other_label})",
+                  image(r.split, r.id), image(r.other_split, r.other_id))
+                 for r in shown.itertuples())
 
 
 # =============================================================================
@@ -268,7 +1331,7 @@ class FineTuneConfig:
         augment: names among "flip_ud", "flip_lr" (p = 0.5) and "affine" (+-10 degrees, +-10 %).
         select_by: validation score that picks the best epoch: "ACC", "AUC" or "loss".
         normalise: "dataset" or "checkpoint": whose mean and std are used.
-        subset_rule: "stratified" or "authors", see `label_subset`.
+        subset_rule: "stratified", "authors" or "first", see `label_subset`.
         precision: "fp32", "tf32", "bf16", or "auto" (bf16 on a CUDA device that has it).
     """
 
@@ -294,6 +1357,7 @@ class FineTuneConfig:
         _choose(self.schedule, ("cosine", "constant", "authors"), "schedule")
         _choose(self.select_by, ("ACC", "AUC", "loss"), "select_by")
         _choose(self.normalise, ("dataset", "checkpoint"), "normalise")
+        _choose(self.subset_rule, ("stratified", "authors", "first"), "subset_rule")
         _choose(self.precision, ("auto", "fp32", "tf32", "bf16"), "precision")
         for name in self.augment:
             _choose(name, ("flip_ud", "flip_lr", "affine"), "augment")
@@ -321,12 +1385,12 @@ class FineTuneConfig:
         Args:
             task: data set name; OrganSMNIST has no augmentation, all others the flip of COVID-CT.
         """
-        flip = () if task.startswith("organ") else ("flip_ud",)
+        organ = task.startswith("organ")
         return cls(
             recipe="paper", epochs=70, batch_size=64, lr=1e-4, backbone_lr=1e-4,
             weight_decay=5e-4, l2=True, freeze_epochs=10, warmup=0.0, schedule="authors",
-            augment=flip, select_by="ACC", normalise="dataset", subset_rule="authors",
-            precision="fp32",
+            augment=() if organ else ("flip_ud",), select_by="ACC", normalise="dataset",
+            subset_rule="first" if organ else "authors", precision="fp32",
         )
 
     @classmethod
@@ -795,6 +1859,13 @@ def _sole_writer(folder: Path) -> Iterator[None]:
                             "Wait for it, then ask again: the finished run will be loaded.") from None
 
 
+def describe_environment(device: str = "auto") -> str:
+    """Return one line of versions and device for the top of a notebook."""
+    facts = _environment(pick_device(device))
+    return (f"Python {platform.python_version()}, torch {facts['torch']}, torchvision "
+            f"{facts['torchvision']}, device {facts['device']}, {facts['threads']} thread(s)")
+
+
 def _environment(device: torch.device) -> dict[str, Any]:
     """Return versions and hardware, for the record; they do not name the run."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -817,8 +1888,11 @@ def _check_trainable(config: FineTuneConfig, data: DataSplits, report: KeyReport
                          f"{data.name} has several. Choose another recipe.")
 
 
-def _preprocessing(config: FineTuneConfig, data: DataSplits, method: str) -> Preprocessing:
-    """Return the input of this method: normalised as the checkpoint or the data set asks."""
+def preprocessing_for(config: FineTuneConfig, data: DataSplits, method: str) -> Preprocessing:
+    """Return this method's preprocessing, normalised as the checkpoint or the data set asks.
+
+    `random` has no statistics of its own and takes the data set's.
+    """
     mean, std = data.mean, data.std
     if config.normalise == "checkpoint" and method in CHECKPOINTS:
         mean, std = CHECKPOINTS[method].mean, CHECKPOINTS[method].std
@@ -863,11 +1937,13 @@ def fine_tune(
     with _sole_writer(folder):
         if (folder / "metrics.json").exists():
             return dataclasses.replace(load_run(folder), found=True)
+        for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
+            leftover.unlink()
         _write_json(folder / "config.json", {**settings, "environment": _environment(where)})
         began = time.perf_counter()
         net = add_head(model, len(data.class_names), seed)
         net = net.to(where, memory_format=torch.channels_last)
-        train, prep = data.train.take(subset), _preprocessing(config, data, report.method)
+        train, prep = data.train.take(subset), preprocessing_for(config, data, report.method)
         log = _log_epoch if progress else (lambda row: None)
         if config.recipe == "linear":
             history, best = _fit_linear(net, train, data.val, config, prep, log)
@@ -959,6 +2035,32 @@ def score(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
         "AUC": float(metrics.roc_auc_score(labels, ranked, **options)) if all(present) else None,
         **f1,
     }
+
+
+def pool_by_patient(
+    labels: np.ndarray, scores: np.ndarray, groups: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average the probabilities of each patient's images; images of unknown patients are left out.
+
+    Args:
+        labels: (N,) class indices.
+        scores: (N, C) probabilities.
+        groups: (N,) patient ids, "" where unknown.
+
+    Returns:
+        Labels (P,) and mean probabilities (P, C) of the P known patients.
+
+    Raises:
+        ValueError: a patient's images carry different labels, so the patient has none.
+    """
+    table = pd.DataFrame(scores).assign(label=labels, group=groups)
+    patients = table[table["group"] != ""].groupby("group")
+    mixed = patients["label"].nunique()
+    if (mixed > 1).any():
+        raise ValueError(f"Images of patient {mixed.idxmax()!r} carry different labels: "
+                         "score by image, or label the patients first.")
+    means = patients[list(range(scores.shape[1]))].mean()
+    return patients["label"].first().to_numpy(), means.to_numpy()
 
 
 def bootstrap_interval(
@@ -1265,3 +2367,203 @@ def _titled(text: str, stamp: str) -> str:
 # =============================================================================
 # Demo
 # =============================================================================
+
+
+import os as _os
+SLICES_PER_PATIENT = int(_os.environ.get("SPP", 2))
+G0, G1, R0, R1, LV = map(float, _os.environ.get("PH", "70,110,0.17,0.24,0.12").split(","))
+
+
+def demo_data(
+    seed: int = 0, *, n_train: int = 240, n_val: int = 80, n_test: int = 160, image_size: int = 64,
+) -> DataSplits:
+    """Draw CT-like axial chest slices; in class 1 a lung holds a patch of ground-glass opacity.
+
+    Each patient has four neighbouring slices and stays in one split; classes are balanced.
+    Brightness, lung density, noise and vessels vary more from patient to patient than a lesion
+    changes them, so that the lesion has to be seen: no intensity statistic gives it away.
+
+    Args:
+        seed: the same seed, sizes and `image_size` give the same bytes.
+        n_train, n_val, n_test: images per split.
+        image_size: side in pixels.
+
+    Returns:
+        DataSplits with demo=True, uint8 images (N, image_size, image_size), patients as groups.
+    """
+    sizes = {"train": n_train, "val": n_val, "test": n_test}
+    parts = {name: _phantom_split(seed, number, n, image_size)
+             for number, (name, n) in enumerate(sizes.items())}
+    pixels = parts["train"].images / 255
+    return DataSplits(
+        name="phantom", **parts, class_names=("clear lungs", "ground glass"),
+        mean=(float(pixels.mean()),) * 3, std=(float(pixels.std()),) * 3,
+        source=f"procedural CT-like slices drawn by demo_data(seed={seed}); no patient, no licence",
+        demo=True,
+    )
+
+
+def _phantom_split(seed: int, number: int, n: int, size: int) -> Split:
+    """Draw the `n` slices of split `number` (0 train, 1 val, 2 test)."""
+    images, labels, ids, groups = [], [], [], []
+    for i in range(n):
+        patient, slice_ = divmod(i, SLICES_PER_PATIENT)
+        if slice_ == 0:
+            rng = np.random.default_rng([seed, number, patient])
+            body = _phantom_patient(rng)
+        images.append(_phantom_slice(body, slice_, patient % 2 == 1, rng, size))
+        labels.append(patient % 2)
+        groups.append(f"phantom-{'abc'[number]}{patient:03d}")
+        ids.append(f"{groups[-1]}-slice{slice_}")
+    shape = (n, size, size)
+    return Split(np.array(images, np.uint8).reshape(shape), np.array(labels, np.int64),
+                 np.array(ids), np.array(groups))
+
+
+def _phantom_patient(rng: np.random.Generator) -> dict[str, Any]:
+    """Draw what the slices of one patient share; lengths in units of half the image side."""
+    side = rng.choice([-1, 1])
+    return {
+        "width": rng.uniform(0.80, 0.93), "height": rng.uniform(0.60, 0.74),
+        "fat": rng.uniform(0.03, 0.10), "shift": rng.normal(0, 0.025, 2),
+        "turn": rng.normal(0, 0.05), "level": rng.uniform(1 - LV, 1 + LV),
+        "lung": rng.uniform(30, 60), "tissue": rng.uniform(140, 170), "bone": rng.uniform(225, 255),
+        "noise": rng.uniform(4, 9), "z": rng.uniform(-0.6, 0.6), "heart": rng.uniform(0.24, 0.33),
+        "hilum": rng.uniform(-0.06, 0.08), "dependent": rng.uniform(5, 40),
+        "lesion_side": side, "lesion_angle": rng.uniform(-2.4, 2.4),
+        "lesion_depth": rng.uniform(0.25, 0.75), "lesion_radius": rng.uniform(R0, R1),
+        "lesion_gain": rng.uniform(G0, G1),
+    }
+
+
+def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: float,
+             power: float = 2.0, edge: float = 0.03) -> np.ndarray:
+    """Return a mask in [0, 1], (H, W), of a superellipse whose border is an `edge`-wide ramp."""
+    r = (np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power)
+    return np.clip(0.5 - (r - 1) * (min(rx, ry) / edge), 0, 1)
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
+    """Return smooth noise (size, size), mean 0, sd 1; `scale` is its grain as share of the side."""
+    from scipy.ndimage import gaussian_filter
+    noise = rng.standard_normal((size, size), np.float32)
+    noise = gaussian_filter(noise, scale * size, mode="wrap")
+    return (noise - noise.mean()) / noise.std()
+
+
+def _phantom_slice(body: Mapping[str, Any], number: int, lesion: bool,
+                   rng: np.random.Generator, size: int) -> np.ndarray:
+    """Draw one slice, (size, size) uint8, from outside in."""
+    z = body["z"] + 0.12 * number                               # caudal slices: more heart
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+    x, y = np.meshgrid(axis, axis)
+    x, y = x - body["shift"][0], y - body["shift"][1]
+    cos, sin = math.cos(body["turn"]), math.sin(body["turn"])
+    x, y = cos * x + sin * y, cos * y - sin * x
+    w, h = body["width"], body["height"]
+    image = np.full((size, size), 4.0, np.float32)
+    image += 60 * _ellipse(x, y, 0, h + 1.25, 2.2, 1.2) * (1 - _ellipse(x, y, 0, h + 1.29, 2.2, 1.2))
+
+    def paint(mask: np.ndarray, value: float | np.ndarray) -> None:
+        image[:] = image * (1 - mask) + value * mask
+
+    tissue, bone = body["tissue"], body["bone"]
+    paint(_ellipse(x, y, 0, 0, w, h, 2.3), tissue * 0.78)                        # skin and fat
+    wall_w, wall_h = w - body["fat"], h - body["fat"] * 0.8
+    paint(_ellipse(x, y, 0, 0, wall_w, wall_h, 2.2), tissue)                     # muscle
+    lungs = _phantom_lungs(x, y, wall_w, wall_h, z, body)
+    _phantom_bones(paint, x, y, wall_w, wall_h, bone, rng)
+    air = body["lung"] + 4 * _smooth_noise(rng, size, 0.05)
+    air = air + body["dependent"] * np.clip(y / wall_h, 0, 1) ** 2               # gravity
+    air = np.maximum(air, _phantom_vessels(body, tissue, rng, size))
+    haze = _phantom_lesion(x, y, wall_w, wall_h, body, number, rng, size)
+    if not lesion:                                  # as much opacity, but all over the lungs
+        haze = (haze * lungs).sum() / lungs.sum()
+    air = air + haze
+    paint(lungs, np.minimum(air, tissue * 1.02))
+    if z < 0.1:                                                                 # airways
+        for cx in ([0.0] if z < -0.25 else [-0.07, 0.07]):
+            paint(_ellipse(x, y, cx, -0.02, 0.045, 0.05), 12.0)
+    paint(_ellipse(x, y, 0.11, 0.27 * h / 0.64, 0.06, 0.06), tissue * 1.06)      # aorta
+    return _phantom_scanner(image, y, body, rng, size)
+
+
+def _phantom_lungs(x: np.ndarray, y: np.ndarray, w: float, h: float, z: float,
+                   body: Mapping[str, Any]) -> np.ndarray:
+    """Return the soft mask of both lungs: two ovals less mediastinum, heart and spine."""
+    grow = 1 - 0.10 * z * z
+    mask = np.zeros_like(x)
+    for side in (-1, 1):
+        oval = _ellipse(x, y, side * 0.50 * w, 0.0, 0.37 * w * grow, 0.76 * h * grow, 2.4, 0.03)
+        mask = np.maximum(mask, oval)
+    heart = body["heart"] * np.clip(0.75 + 0.5 * z, 0.45, 1.05)
+    mask *= 1 - _ellipse(x, y, 0.10, -0.14 * h / 0.64, heart * 1.1, heart * 0.9, 2.0, 0.03)
+    mask *= 1 - _ellipse(x, y, 0.0, -0.05, 0.15, 0.35, 2.0, 0.04)                # mediastinum
+    return mask * (1 - _ellipse(x, y, 0.0, 0.42 * h / 0.64, 0.17, 0.17, 2.0, 0.03))
+
+
+def _phantom_bones(paint, x, y, w: float, h: float, bone: float, rng: np.random.Generator) -> None:
+    """Paint vertebra, sternum and the cut ribs along the chest wall."""
+    cy = 0.40 * h / 0.64
+    paint(_ellipse(x, y, 0, cy, 0.115, 0.10), bone * 0.88)                       # vertebral body
+    for side in (-1, 1):
+        paint(_ellipse(x, y, side * 0.13, cy + 0.09, 0.09, 0.03), bone * 0.92)
+    paint(_ellipse(x, y, 0, cy + 0.15, 0.025, 0.07), bone * 0.95)                # spinous process
+    paint(_ellipse(x, y, 0, cy + 0.095, 0.038, 0.034), 150.0)                    # canal
+    paint(_ellipse(x, y, 0, -0.90 * h, 0.10, 0.03), bone * 0.9)                  # sternum
+    for side in (-1, 1):
+        for angle in np.linspace(-1.15, 1.15, 6) + rng.normal(0, 0.08, 6):
+            cx, ry = side * 0.925 * w * math.cos(angle), 0.895 * h * math.sin(angle)
+            tangent = math.atan2(h * math.cos(angle), -side * w * math.sin(angle))
+            u = (x - cx) * math.cos(tangent) + (y - ry) * math.sin(tangent)
+            v = (y - ry) * math.cos(tangent) - (x - cx) * math.sin(tangent)
+            paint(_ellipse(u, v, 0, 0, rng.uniform(0.06, 0.13), 0.028), bone)
+
+
+def _phantom_vessels(body: Mapping[str, Any], tissue: float, rng: np.random.Generator,
+                     size: int) -> np.ndarray:
+    """Return the brightness (size, size) of branching vessels; some are cut to round dots."""
+    fine = Image.new("L", (4 * size, 4 * size))
+    draw = ImageDraw.Draw(fine)
+
+    def tube(x0: float, y0: float, x1: float, y1: float, width: float, value: float) -> None:
+        ends = [2 * size * (1 + v + body["shift"][i % 2]) for i, v in enumerate((x0, y0, x1, y1))]
+        draw.line(ends, int(value), max(1, round(2 * size * width)))
+
+    for side in (-1, 1):
+        for angle in np.linspace(-1.25, 1.25, 6) + rng.normal(0, 0.15, 6):
+            x0, y0 = side * 0.20, body["hilum"]
+            length, value = rng.uniform(0.22, 0.40), tissue * rng.uniform(0.6, 0.95)
+            x1, y1 = x0 + side * length * math.cos(angle), y0 + length * math.sin(angle)
+            for fork in (-0.45, 0.45):
+                turn, reach = angle + fork + rng.normal(0, 0.15), length * rng.uniform(0.3, 0.6)
+                tube(x1, y1, x1 + side * reach * math.cos(turn), y1 + reach * math.sin(turn),
+                     0.022, value * 0.7)
+            tube(x0, y0, x1, y1, 0.038, value)
+        for _ in range(rng.integers(3, 7)):
+            x0, y0, width = side * rng.uniform(0.25, 0.7), rng.uniform(-0.4, 0.4), rng.uniform(.04, .08)
+            tube(x0, y0, x0 + width, y0, width, tissue * rng.uniform(0.5, 0.9))
+    return np.asarray(fine.reduce(4), np.float32)
+
+
+def _phantom_lesion(x: np.ndarray, y: np.ndarray, w: float, h: float, body: Mapping[str, Any],
+                    number: int, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Return what a patch of ground glass adds to a lung: hazy, ragged, largest mid-stack."""
+    angle, depth, side = body["lesion_angle"], body["lesion_depth"], body["lesion_side"]
+    cx = side * 0.50 * w + 0.28 * w * depth * math.cos(angle)
+    cy = 0.55 * h * depth * math.sin(angle)
+    radius = body["lesion_radius"] * (1.0, 1.12, 1.06, 0.9)[number]
+    ragged = 1 + 0.22 * _smooth_noise(rng, size, 0.06)
+    mask = _ellipse(x, y, cx, cy, radius * 1.1, radius * 0.9, 2.0, 0.07) * ragged
+    return body["lesion_gain"] * np.clip(mask, 0, 1.2)
+
+
+def _phantom_scanner(image: np.ndarray, y: np.ndarray, body: Mapping[str, Any],
+                     rng: np.random.Generator, size: int) -> np.ndarray:
+    """Add the scanner: streaks, correlated noise, window level; return uint8."""
+    from scipy.ndimage import gaussian_filter
+    rows = gaussian_filter(rng.standard_normal(size), 0.012 * size) * rng.uniform(0, 14)
+    image = image + rows[:, None] * np.exp(-((y - rng.uniform(-0.2, 0.3)) / 0.25) ** 2)
+    image = gaussian_filter(image, 0.45 * size / 64)
+    image = image + body["noise"] * gaussian_filter(rng.standard_normal(image.shape, np.float32), 0.5) * 1.9
+    return np.clip(image * body["level"] + rng.normal(0, 2), 0, 255).astype(np.uint8)

@@ -1,0 +1,216 @@
+"""The list of dependencies, the files that repeat it, and the badges that need the address."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+RUNTIME = PROJECT["dependencies"]
+TEST = PROJECT["optional-dependencies"]["test"]
+
+CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}  # conda name -> the one in pyproject
+IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+# Dependencies that the notebooks and tests use without importing them.
+NOT_IMPORTED = {"jupyterlab", "ipywidgets", "ipykernel", "nbval", "nbconvert"}
+
+
+def floors(requirements: list[str]) -> dict[str, str]:
+    """Names, in pyproject's spelling, -> version floors."""
+    parsed = [Requirement(r) for r in requirements]
+    return {CONDA_NAMES.get(r.name, r.name).lower(): str(r.specifier) for r in parsed}
+
+
+def conda_requirements(path: Path) -> list[str]:
+    """The packages of a conda environment file, its pip section included, python and pip not."""
+    items = yaml.safe_load(path.read_text("utf-8"))["dependencies"]
+    names = [i for i in items if isinstance(i, str)]
+    names += [p for i in items if isinstance(i, dict) for p in i["pip"]]
+    return [n for n in names if Requirement(n).name not in ("python", "pip")]
+
+
+def imported_modules() -> set[str]:
+    """Top-level names that the module, the notebooks, the tests and the scripts import."""
+    sources = [p.read_text("utf-8") for pattern in
+               ("medssl_utils.py", "tests/*.py", "bench/*.py", ".ci/*.py") for p in ROOT.glob(pattern)]
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        code = "\n".join(c.source for c in cells if c.cell_type == "code")
+        sources.append(re.sub(r"^\s*[%!].*", "", code, flags=re.MULTILINE))
+    found = set()
+    for node in (n for s in sources for n in ast.walk(ast.parse(s))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+def test_environment_file_matches_pyproject():
+    assert floors(conda_requirements(ROOT / "environment.yml")) == floors(RUNTIME + TEST)
+
+
+def test_binder_environment_matches_pyproject():
+    assert floors(conda_requirements(ROOT / "binder" / "environment.yml")) == floors(RUNTIME)
+
+
+@pytest.mark.parametrize("name", ["environment.yml", "binder/environment.yml"])
+def test_torch_and_torchvision_both_come_from_conda(name):
+    items = yaml.safe_load((ROOT / name).read_text("utf-8"))["dependencies"]
+    conda = {Requirement(i).name for i in items if isinstance(i, str)}
+    assert "torchvision" in conda and conda & {"pytorch", "pytorch-cpu"}
+
+
+@pytest.mark.parametrize("name", ["environment.yml", "binder/environment.yml"])
+def test_environment_python_matches_pyproject(name):
+    items = yaml.safe_load((ROOT / name).read_text("utf-8"))["dependencies"]
+    assert "python" + PROJECT["requires-python"] in items
+
+
+def test_a_changed_floor_would_be_noticed(tmp_path):
+    drifted = tmp_path / "environment.yml"
+    text = (ROOT / "environment.yml").read_text("utf-8")
+    drifted.write_text(text.replace("pandas>=2.2", "pandas>=2.1"), "utf-8")
+    assert floors(conda_requirements(drifted)) != floors(RUNTIME + TEST)
+
+
+def test_every_import_is_a_declared_dependency():
+    declared = {IMPORT_NAMES.get(n, n) for n in floors(RUNTIME + TEST)}
+    local = {"medssl_utils"} | {p.stem for p in [*ROOT.glob("tests/*.py"), *ROOT.glob("bench/*.py")]}
+    assert imported_modules() - declared - local - sys.stdlib_module_names == set()
+
+
+def test_every_dependency_is_used():
+    used = imported_modules() | NOT_IMPORTED
+    assert [n for n in floors(RUNTIME + TEST) if IMPORT_NAMES.get(n, n) not in used] == []
+
+
+def test_every_dependency_has_its_reason():
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    lines = re.findall(r'^    "[\w.-]+>=.*$', text, flags=re.MULTILINE)
+    assert len(lines) == len(RUNTIME + TEST)
+    assert [line for line in lines if not re.search(r'",\s+# \w', line)] == []
+
+
+# --- badges: one address, in pyproject.toml ---------------------------------------------------
+
+
+@pytest.fixture
+def copy_of_project(tmp_path):
+    """README, notebooks and pyproject.toml in a folder of their own, without an address."""
+    for name in ("README.md", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks")
+    set_address(tmp_path, None)
+    return tmp_path
+
+
+def set_address(folder: Path, url: str | None) -> None:
+    """Set or remove Repository in the folder's pyproject.toml, then write the badges."""
+    path = folder / "pyproject.toml"
+    text = re.sub(r"^Repository = .*\n", "", path.read_text("utf-8"), flags=re.MULTILINE)
+    line = f'[project.urls]\nRepository = "{url}"\n' if url else "[project.urls]\n"
+    path.write_text(text.replace("[project.urls]\n", line), "utf-8")
+    command = [sys.executable, str(ROOT / ".ci" / "badges.py"), str(folder)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def written_files(folder: Path) -> dict[str, bytes]:
+    paths = [folder / "README.md", *folder.glob("notebooks/*.ipynb")]
+    return {p.name: p.read_bytes() for p in paths}
+
+
+def test_badges_open_each_notebook_at_the_address(copy_of_project):
+    set_address(copy_of_project, "https://github.com/someone/something")
+    paths = sorted(copy_of_project.glob("notebooks/*.ipynb"))
+    assert paths
+    for path in paths:
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert f"/github/someone/something/blob/main/notebooks/{path.name})" in first
+        assert f"/gh/someone/something/main?urlpath=lab%2Ftree%2Fnotebooks%2F{path.name})" in first
+    assert "github/someone/something" in (copy_of_project / "README.md").read_text("utf-8")
+
+
+def test_colab_cell_follows_the_parameters(copy_of_project):
+    set_address(copy_of_project, "https://github.com/someone/something.git")
+    for path in copy_of_project.glob("notebooks/*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        assert cells[1].metadata.tags == ["parameters"]
+        assert cells[2].metadata.tags == ["colab"]
+        assert "someone/something/main/medssl_utils.py" in cells[2].source
+        assert '"gdown>=6"' in cells[2].source
+        counts = [c.execution_count for c in cells if c.cell_type == "code"]
+        assert counts == list(range(1, len(counts) + 1))
+
+
+def test_badges_written_twice_change_nothing(copy_of_project):
+    set_address(copy_of_project, "https://github.com/someone/something")
+    once = written_files(copy_of_project)
+    set_address(copy_of_project, "https://github.com/someone/something")
+    assert written_files(copy_of_project) == once
+
+
+def test_badges_follow_a_new_address(copy_of_project):
+    set_address(copy_of_project, "https://github.com/someone/something")
+    set_address(copy_of_project, "https://github.com/another/place")
+    text = b"".join(written_files(copy_of_project).values())
+    assert b"another/place" in text and b"someone/something" not in text
+
+
+def test_without_an_address_there_is_no_badge(copy_of_project):
+    before = written_files(copy_of_project)
+    assert b"colab-badge" not in b"".join(before.values())
+    set_address(copy_of_project, "https://github.com/someone/something")
+    set_address(copy_of_project, None)
+    assert written_files(copy_of_project) == before
+
+
+def test_an_address_that_badges_cannot_use_is_refused(copy_of_project):
+    with pytest.raises(subprocess.CalledProcessError) as error:
+        set_address(copy_of_project, "https://example.org/someone/something")
+    assert "https://github.com/OWNER/NAME" in error.value.stderr
+
+
+def test_committed_badges_match_the_address(copy_of_project):
+    set_address(copy_of_project, PROJECT["urls"].get("Repository"))
+    committed = {p: (ROOT / ("" if p == "README.md" else "notebooks") / p).read_bytes()
+                 for p in written_files(copy_of_project)}
+    assert written_files(copy_of_project) == committed
+
+
+# --- make ---------------------------------------------------------------------------------------
+
+
+def test_make_passes_only_parameters_that_the_notebooks_have():
+    import papermill
+
+    plan = subprocess.run(["make", "-n", "workbook"], cwd=ROOT, check=True, capture_output=True,
+                          text=True).stdout.replace("\\\n", " ")
+    commands = [line for line in plan.splitlines() if "-m papermill" in line]
+    assert len(commands) == 3
+    for line in commands:
+        notebook = ROOT / re.search(r"notebooks/\w+\.ipynb", line)[0]
+        known = papermill.inspect_notebook(notebook)
+        assert set(re.findall(r" -[rp] (\w+) ", line)) <= set(known)
+
+
+def test_an_old_python_is_refused_with_the_way_out(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    old = tmp_path / "old python"
+    old.write_text("#!/bin/sh\nexit 1\n")  # stands for a Python that fails the version question
+    old.chmod(0o755)
+    made = subprocess.run(["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert made.returncode != 0
+    assert "Python 3.11 or newer is needed" in made.stdout
+    assert not (tmp_path / ".venv").exists()

@@ -1,0 +1,242 @@
+"""The notebooks: how they are written, and that they run, as committed and otherwise."""
+
+import ast
+import io
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+import medssl_utils as medssl
+
+ROOT = Path(__file__).resolve().parent.parent
+PATHS = sorted(ROOT.glob("notebooks/*.ipynb"))
+each_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda p: p.stem)
+
+MACHINE_PATH = re.compile(r"(?<![\w.])/(home|root|Users|work|tmp|opt|mnt|content)/|[A-Z]:\\")
+
+
+def read_cells(path: Path) -> list[nbformat.NotebookNode]:
+    """All cells but the one that `make badges` writes."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [c for c in cells if "colab" not in c.metadata.get("tags", [])]
+
+
+def read_code(path: Path) -> list[nbformat.NotebookNode]:
+    return [c for c in read_cells(path) if c.cell_type == "code"]
+
+
+def parse(cell: nbformat.NotebookNode) -> ast.Module:
+    """The syntax tree of a code cell, without lines for the shell or for IPython."""
+    return ast.parse(re.sub(r"^\s*[%!].*", "", cell.source, flags=re.MULTILINE))
+
+
+def output_texts(cell: nbformat.NotebookNode) -> list[str]:
+    """Every text in a cell's outputs: streams, plain text, HTML; no images."""
+    texts = [o.text for o in cell.get("outputs", []) if "text" in o]
+    for output in cell.get("outputs", []):
+        texts += [v for k, v in output.get("data", {}).items() if k.startswith("text/")]
+    return texts
+
+
+# --- how they are written -----------------------------------------------------------------------
+
+
+def test_there_are_notebooks():
+    assert PATHS
+
+
+@each_notebook
+def test_is_committed_with_the_outputs_of_one_fresh_run(path):
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert [c.source for c in cells for o in c.outputs if o.output_type == "error"] == []
+
+
+@each_notebook
+def test_carries_no_widget_and_no_papermill_metadata(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert {k for c in notebook.cells for k in c.metadata} <= {"tags", "jupyter"}
+    kinds = {k for c in notebook.cells for o in c.get("outputs", []) for k in o.get("data", {})}
+    assert [k for k in kinds if "widget" in k] == []
+
+
+@each_notebook
+def test_names_no_path_of_a_machine(path):
+    texts = [t for c in read_cells(path) for t in (c.source, *output_texts(c))]
+    assert [m[0] for t in texts if (m := MACHINE_PATH.search(t))] == []
+
+
+@each_notebook
+def test_prints_at_most_100_lines_a_cell(path):
+    for cell in read_code(path):
+        texts = [o.text for o in cell.outputs if "text" in o]
+        texts += [o.data["text/plain"] for o in cell.outputs if "text/plain" in o.get("data", {})]
+        assert sum(len(t.splitlines()) for t in texts) <= 100, cell.source
+
+
+@each_notebook
+def test_opens_with_its_title_its_goals_and_its_needs(path):
+    assert re.fullmatch(r"\d\d_[a-z_]+", path.stem)
+    first = read_cells(path)[0]
+    assert first.cell_type == "markdown" and first.source.startswith("# ")
+    assert len(re.findall(r"^[-*] ", first.source, flags=re.MULTILINE)) >= 3
+    assert re.search("minute|second", first.source, flags=re.IGNORECASE)
+
+
+@each_notebook
+def test_second_cell_holds_typed_literal_parameters_with_comments(path):
+    cell = read_cells(path)[1]
+    assert cell.metadata.get("tags") == ["parameters"]
+    allowed = {"int", "float", "str", "bool"}
+    allowed |= {f"list[{kind}]" for kind in allowed}
+    last_lines = set()
+    for statement in parse(cell).body:
+        assert isinstance(statement, ast.AnnAssign), ast.unparse(statement)
+        assert ast.unparse(statement.annotation) in allowed, ast.unparse(statement)
+        ast.literal_eval(statement.value)
+        last_lines.add(statement.end_lineno)
+    tokens = tokenize.generate_tokens(io.StringIO(cell.source).readline)
+    assert last_lines - {t.start[0] for t in tokens if t.type == tokenize.COMMENT} == set()
+
+
+@each_notebook
+def test_third_cell_imports_and_tells_versions_and_device(path):
+    cell = read_cells(path)[2]
+    assert cell.source.lstrip().startswith(("import", "from"))
+    printed = "\n".join(output_texts(cell))
+    assert "torch" in printed and len(printed.strip().splitlines()) == 1
+
+
+@each_notebook
+def test_code_cells_are_short(path):
+    lengths = []
+    for cell in read_code(path):
+        lengths.append(len(cell.source.splitlines()))
+        draws = "plt." in cell.source or "fig" in cell.source
+        assert lengths[-1] <= (40 if draws else 25), cell.source
+    assert statistics.median(lengths) <= 8
+
+
+@each_notebook
+def test_no_code_cell_stands_without_words(path):
+    cells = read_cells(path)
+    for i, cell in enumerate(cells[3:], start=3):
+        around = [c.cell_type for c in (cells[i - 1], *cells[i + 1 : i + 2])]
+        assert cell.cell_type == "markdown" or "markdown" in around, cell.source
+
+
+@each_notebook
+def test_leaves_helpers_and_training_loops_to_the_module(path):
+    for cell in read_code(path):
+        nodes = list(ast.walk(parse(cell)))
+        assert not any(isinstance(n, ast.ClassDef) for n in nodes), cell.source
+        assert not re.search(r"\.backward\(|strict\s*=\s*False|import \*", cell.source), cell.source
+
+
+def test_no_function_stands_in_two_notebooks():
+    names = [n.name for p in PATHS for c in read_code(p) for n in ast.walk(parse(c))
+             if isinstance(n, ast.FunctionDef)]
+    assert sorted(names) == sorted(set(names))
+
+
+@each_notebook
+def test_ends_with_findings_of_this_run(path):
+    last = read_code(path)[-1]
+    assert "\n".join(output_texts(last)).strip(), "the last code cell prints nothing"
+
+
+def test_readme_table_lists_exactly_the_notebooks():
+    readme = (ROOT / "README.md").read_text("utf-8")
+    listed = re.findall(r"^\| \[(\w+)\]\(notebooks/(\w+)\.ipynb\)", readme, flags=re.MULTILINE)
+    assert listed == [(p.stem, p.stem) for p in PATHS]
+
+
+# --- that they run ------------------------------------------------------------------------------
+
+# Small for speed: one epoch on small pictures says nothing about a method, but runs every cell.
+TINY = {"epochs": 1, "image_size": 32, "weights": "stand-in", "dataset": "phantom"}
+
+
+@pytest.fixture(scope="module")
+def workbook(tmp_path_factory):
+    """A copy of the notebooks in a folder of their own, with a small finished study beside it."""
+    folder = tmp_path_factory.mktemp("workbook")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    runs = medssl.run_study(
+        {"method": ["random", "SparK"], "label_fraction": [0.5, 1.0]},
+        notebook=folder / "notebooks" / "03_fine_tune.ipynb",
+        output_dir=folder / "runs" / "workbook" / "notebooks", study="workbook", **TINY)
+    assert list(runs["error"]) == [""] * 4
+    return folder
+
+
+@pytest.mark.slow
+@each_notebook
+def test_runs_as_committed(path, workbook):
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env",
+               "-p", "no:cacheprovider", f"notebooks/{path.name}"]
+    done = subprocess.run(command, cwd=workbook, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+
+
+def run_with(workbook: Path, stem: str, **parameters) -> nbformat.NotebookNode:
+    """Run one notebook of the copy with other parameters; return the executed notebook."""
+    output = workbook / f"{stem}_executed.ipynb"
+    medssl.run_notebook(workbook / "notebooks" / f"{stem}.ipynb", output, parameters)
+    return nbformat.read(output, as_version=4)
+
+
+def test_study_leaves_four_runs_that_are_stamped(workbook):
+    runs = medssl.load_runs(workbook / "runs" / "workbook")
+    assert sorted(runs["method"]) == ["SparK", "SparK", "random", "random"]
+    assert set(runs["label_fraction"]) == {0.5, 1.0}
+    assert all("DEMO" in stamp for stamp in runs["stamp"])
+
+
+@pytest.mark.slow
+def test_05_compares_another_score(workbook):
+    notebook = run_with(workbook, "05_compare_results", metric="ACC")
+    text = "".join(t for c in notebook.cells for t in output_texts(c))
+    assert "SparK" in text and "ACC" in text and "DEMO" in text
+
+
+BAD = {
+    "method": ("Spark2", "Did you mean 'SparK'"),
+    "dataset": ("phantoms", "Did you mean 'phantom'"),
+    "recipe": ("papre", "Did you mean 'paper'"),
+    "weights": ("real", "published"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BAD)
+def test_03_refuses_a_misspelt_choice_and_leaves_no_run(name, workbook, tmp_path):
+    value, message = BAD[name]
+    with pytest.raises(papermill.PapermillExecutionError, match=message):
+        run_with(workbook, "03_fine_tune", **{**TINY, name: value, "runs_dir": str(tmp_path)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fraction", [0.0, 2.0])
+def test_03_refuses_a_label_fraction_outside_0_to_1(fraction, workbook, tmp_path):
+    with pytest.raises(papermill.PapermillExecutionError, match="label_fraction"):
+        run_with(workbook, "03_fine_tune", label_fraction=fraction, runs_dir=str(tmp_path), **TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+@each_notebook
+def test_a_misspelt_parameter_is_refused(path, tmp_path):
+    first = next(iter(papermill.inspect_notebook(str(path))))
+    with pytest.raises(ValueError, match=f"Did you mean {first!r}"):
+        medssl.run_notebook(path, tmp_path / "out.ipynb", {first + "x": 1})
+    assert list(tmp_path.iterdir()) == []

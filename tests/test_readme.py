@@ -1,0 +1,53 @@
+"""What the README says agrees with the project."""
+
+import re
+from pathlib import Path
+
+import medssl_utils as medssl
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+
+
+def checkpoint_rows() -> dict[str, list[str]]:
+    """The checkpoint table: method -> its cells."""
+    table = README.split("## Checkpoints")[1].split("\n## ")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if "drive.google" in line]
+    return {row[0].split()[0]: row for row in rows}
+
+
+def test_checkpoint_table_matches_the_module():
+    rows = checkpoint_rows()
+    assert list(rows) == list(medssl.METHODS)
+    for method, (_, file, prefix, missing, unexpected) in rows.items():
+        checkpoint = medssl.CHECKPOINTS[method]
+        assert f"({checkpoint.url})" in file
+        assert prefix == (f"`{checkpoint.prefix}`" if checkpoint.prefix else "none")
+        assert missing == "`fc.weight`, `fc.bias`"
+        assert int(re.match(r"\d+", unexpected)[0]) in checkpoint.snippet_unexpected
+
+
+def test_every_local_link_leads_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_make_command_exists():
+    named = set(re.findall(r"`?\bmake ([a-z-]+)(?:`|  |\n| [A-Z]+=)", README))
+    targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
+    assert {"workbook", "lab", "test"} <= named <= targets
+
+
+def test_every_make_parameter_exists():
+    named = set(re.findall(r"\b([A-Z]{3,})=", README))
+    assert named == set(re.findall(r"^([A-Z]+) *\?=", MAKEFILE, flags=re.MULTILINE)) & named
+
+
+def test_every_recipe_has_its_words():
+    assert [r for r in medssl.RECIPES if f"`{r}`" not in README] == []
+
+
+def test_nothing_is_left_to_fill_in():
+    assert re.findall(r"@\w+@|TODO|TBD|XXX", README) == []

@@ -1,0 +1,379 @@
+"""The training engine: phases, recipes, repeatability, the run folder."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import medssl_utils as medssl
+from medssl_utils import DataSplits, FineTuneConfig, Split, fine_tune
+
+SIZE = 32  # pixels, small for speed
+
+
+def toy_split(n: int, prefix: str, seed: int) -> Split:
+    """n images (n, SIZE, SIZE) of two classes; class 1 has a bright corner."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    images = rng.integers(0, 120, (n, SIZE, SIZE)).astype(np.uint8)
+    images[labels == 1, 4:14, 4:14] += 90
+    ids = np.array([f"{prefix}{i}" for i in range(n)])
+    return Split(images, labels.astype(np.int64), ids)
+
+
+def make_toy() -> DataSplits:
+    return DataSplits("toy", toy_split(24, "a", 0), toy_split(12, "b", 1), toy_split(16, "c", 2),
+                      ("clear", "lesion"), (0.3,) * 3, (0.2,) * 3, "made by the test", demo=True)
+
+
+@pytest.fixture(scope="module")
+def toy() -> DataSplits:
+    return make_toy()
+
+
+class TinyNet(nn.Module):
+    """Small for speed: what the engine needs of a ResNet is BatchNorm layers and `fc`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5, stride=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+class TinyBackbone(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Identity()
+
+
+@pytest.fixture(autouse=True)
+def tiny_head(monkeypatch):
+    """A head on the tiny backbone's 8 features instead of 2048."""
+    def add_head(model, n_classes, seed):
+        torch.manual_seed(seed)
+        net = TinyNet()
+        net.load_state_dict(model.state_dict(), strict=False)
+        return net
+
+    monkeypatch.setattr(medssl, "add_head", add_head)
+
+
+@pytest.fixture
+def backbone() -> nn.Module:
+    torch.manual_seed(1)
+    return TinyBackbone()
+
+
+REPORT = types.SimpleNamespace(method="random", weights="random", fingerprint="0", demo=True,
+                               allow_extra=())
+QUICK = FineTuneConfig.named("demo", image_size=SIZE, epochs=3, batch_size=8)
+
+
+def run_quick(backbone, toy, folder, config=QUICK, **options):
+    return fine_tune(backbone, REPORT, toy, config, runs_dir=folder, device="cpu",
+                     progress=False, **options)
+
+
+# --- recipes -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("epoch, trainable, lr", [
+    (0, "head+bn", 1e-4), (9, "head+bn", 1e-4), (10, "all", 1e-4), (11, "all", 2e-5),
+    (69, "all", 2e-5),
+])
+def test_paper_recipe_trains_what_the_authors_notebooks_train(epoch, trainable, lr):
+    phase = medssl.phase_of(FineTuneConfig.paper(), epoch)
+    assert (phase.trainable, phase.lr, phase.backbone_lr) == (trainable, lr, pytest.approx(lr))
+    assert phase.batchnorm_moves
+
+
+def test_paper_recipe_trains_53120_batchnorm_parameters_and_the_head_while_frozen():
+    import torchvision
+
+    model = torchvision.models.resnet50()
+    model.fc = nn.Linear(2048, 2)
+    medssl.set_phase(model, medssl.phase_of(FineTuneConfig.paper(), 9))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 53_120 + 2 * 2048 + 2
+    medssl.set_phase(model, medssl.phase_of(FineTuneConfig.paper(), 10))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_paper_recipe_gives_the_weights_of_a_plain_restatement(toy):
+    """The authors' schedule, written again without the engine, across both boundaries."""
+    config = FineTuneConfig.named("paper", epochs=4, freeze_epochs=1, batch_size=8,
+                                  image_size=SIZE)
+    torch.manual_seed(0)
+    ours = TinyNet()
+    plain = TinyNet()
+    plain.load_state_dict(ours.state_dict())
+    prep = medssl.preprocessing_for(config, toy, "random")
+    images, labels = torch.as_tensor(toy.train.images), torch.as_tensor(toy.train.labels)
+    optimizer = medssl.make_optimizer(ours, config)
+    for epoch in range(4):
+        medssl.train_one_epoch(ours, images, labels, optimizer, config, prep, epoch=epoch, seed=5)
+
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-4, weight_decay=5e-4)
+    for epoch in range(4):
+        plain.train()
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad = epoch >= 1 or name.startswith(("bn", "fc"))
+        if epoch == 2:
+            adam.param_groups[0]["lr"] = 2e-5
+        rng = medssl._rng(5, epoch)
+        for index in medssl._batches(len(labels), 8, rng):
+            x = images[index][:, None].repeat(1, 3, 1, 1) / 255
+            x = (x - 0.3) / 0.2
+            flip = torch.rand(len(x), generator=rng) < 0.5
+            x[flip] = x[flip].flip(2)
+            adam.zero_grad()
+            F.cross_entropy(plain(x), labels[index]).backward()
+            adam.step()
+    for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_recommended_recipe_freezes_the_backbone_and_its_batchnorm():
+    config = FineTuneConfig()
+    model = TinyNet()
+    medssl.set_phase(model, medssl.phase_of(config, 0))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["fc.weight", "fc.bias"]
+    assert not model.bn1.training
+
+
+def test_warm_up_rises_and_cosine_ends_near_zero():
+    config = FineTuneConfig()
+    factors = [medssl.lr_factor(config, step, 100) for step in range(100)]
+    assert factors[:10] == sorted(factors[:10]) and factors[9] == 1
+    assert factors[99] < 0.01 and max(factors) == 1
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"recipe": "papr"}, "Did you mean 'paper'"),
+    ({"epochs": 0}, "epochs must be above 0"),
+    ({"select_by": "F1"}, "select_by 'F1' is not known"),
+    ({"augment": ("blur",)}, "augment 'blur' is not known"),
+])
+def test_config_names_a_bad_setting(change, words):
+    with pytest.raises(ValueError, match=words):
+        FineTuneConfig(**change)
+
+
+@pytest.mark.parametrize("change, short", [({}, False), ({"epochs": 2}, True),
+                                           ({"image_size": 64}, True), ({"lr": 1e-2}, False)])
+def test_a_run_cut_down_is_short(change, short):
+    assert FineTuneConfig.named("paper", **change).short is short
+
+
+# --- input -------------------------------------------------------------------------------------
+
+def test_enlarging_28_to_224_repeats_each_pixel_8_by_8():
+    images = torch.randint(0, 255, (2, 28, 28), dtype=torch.uint8)
+    x = medssl.Preprocessing((0.5,) * 3, (0.5,) * 3, 224)(images)
+    expected = ((images / 255 - 0.5) / 0.5).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    assert torch.equal(x, expected[:, None].expand(-1, 3, -1, -1))
+
+
+def test_colour_images_keep_their_channels():
+    images = torch.randint(0, 255, (2, SIZE, SIZE, 3), dtype=torch.uint8)
+    x = medssl.Preprocessing((0.0,) * 3, (1.0,) * 3, SIZE)(images)
+    torch.testing.assert_close(x, images.permute(0, 3, 1, 2) / 255)
+
+
+def test_augmentation_follows_its_generator():
+    x = torch.rand(4, 3, SIZE, SIZE)
+    names = ("flip_ud", "flip_lr", "affine")
+    once, again = (medssl.augment_batch(x, names, medssl._rng(3, 1)) for _ in range(2))
+    assert torch.equal(once, again) and not torch.equal(once, x)
+
+
+def test_a_last_batch_of_one_joins_its_neighbour():
+    assert [len(b) for b in medssl._batches(17, 8, medssl._rng(0))] == [8, 9]
+
+
+# --- the run folder ----------------------------------------------------------------------------
+
+def test_run_folder_holds_what_the_design_names(backbone, toy, tmp_path):
+    run = run_quick(backbone, toy, tmp_path, label_fraction=0.5, seed=3, study="s")
+    assert run.folder.parent == tmp_path / "s"
+    assert run.folder.name.startswith("toy_random_demo_f0.5_s3_")
+    files = {p.name for p in run.folder.iterdir()} - {".lock"}
+    assert files == {"config.json", "history.csv", "predictions.npz", "best.safetensors",
+                     "metrics.json"}
+    assert run.config["n_train"] == 12 and run.stamp == "DEMO"
+    assert run.predictions["scores"].shape == (16, 2)
+    assert list(run.predictions["ids"]) == list(toy.test.ids)
+    np.testing.assert_allclose(run.predictions["scores"].sum(1), 1, rtol=1e-5)
+
+
+def test_asking_again_loads_the_finished_run(backbone, toy, tmp_path):
+    first = run_quick(backbone, toy, tmp_path)
+    before = (first.folder / "metrics.json").stat().st_mtime_ns
+    again = run_quick(backbone, toy, tmp_path)
+    assert again.found and not first.found
+    assert (again.folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(backbone, toy, tmp_path):
+    one, two, other = (run_quick(backbone, toy, tmp_path / name, seed=seed)
+                       for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert np.array_equal(one.predictions["scores"], two.predictions["scores"])
+    assert not np.array_equal(one.predictions["scores"], other.predictions["scores"])
+
+
+def test_the_backbone_handed_in_is_not_changed(backbone, toy, tmp_path):
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    run_quick(backbone, toy, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
+
+
+def test_a_setting_that_changes_the_result_changes_the_folder(backbone, toy, tmp_path):
+    a = run_quick(backbone, toy, tmp_path)
+    b = run_quick(backbone, toy, tmp_path, dataclasses.replace(QUICK, lr=2e-3))
+    assert a.folder != b.folder
+
+
+def test_best_epoch_is_the_best_on_validation(backbone, toy, tmp_path):
+    run = run_quick(backbone, toy, tmp_path)
+    best = run.history.loc[run.metrics["best_epoch"]]
+    assert best["val_AUC"] == run.history["val_AUC"].max()
+    assert run.metrics["val"]["AUC"] == pytest.approx(best["val_AUC"], abs=1e-6)
+
+
+def test_linear_recipe_leaves_the_backbone_as_it_was(backbone, toy, tmp_path):
+    config = FineTuneConfig.named("linear", image_size=SIZE, normalise="dataset")
+    run = run_quick(backbone, toy, tmp_path, config)
+    saved = load_file(run.folder / "best.safetensors")
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(saved[name], value)
+    assert run.metrics["AUC"] > 0.8
+
+
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_logistic_regression_and_softmax_head_agree(n_classes):
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    labels = np.arange(80) % n_classes
+    features = rng.normal(size=(80, 5)) + labels[:, None]
+    fit = LogisticRegression().fit(features, labels)
+    weight, bias = medssl._as_softmax(fit, n_classes)
+    logits = torch.as_tensor(features, dtype=torch.float32) @ weight.T + bias
+    np.testing.assert_allclose(logits.softmax(1), fit.predict_proba(features), atol=1e-5)
+
+
+# --- bad luck ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fraction", [0, 2, -0.1])
+def test_impossible_label_fraction_leaves_nothing_behind(backbone, toy, tmp_path, fraction):
+    with pytest.raises(ValueError, match="label_fraction"):
+        run_quick(backbone, toy, tmp_path, label_fraction=fraction)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_missing_from_validation_is_refused_before_training(backbone, toy, tmp_path):
+    one_class = toy.val.take(np.flatnonzero(toy.val.labels == 0))
+    with pytest.raises(ValueError, match="no image of lesion"):
+        run_quick(backbone, dataclasses.replace(toy, val=one_class), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_that_is_not_finite_names_epoch_step_and_images(backbone, toy, tmp_path):
+    images = toy.train.images.astype(np.float32)
+    images[5] = np.nan
+    broken = dataclasses.replace(toy, train=dataclasses.replace(toy.train, images=images))
+    with pytest.raises(medssl.TrainingError, match=r"epoch 0, step \d.*a5"):
+        run_quick(backbone, broken, tmp_path)
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_two_processes_never_write_one_folder(backbone, toy, tmp_path):
+    run = run_quick(backbone, toy, tmp_path)
+    (run.folder / "metrics.json").unlink()
+    with medssl._sole_writer(run.folder):
+        with pytest.raises(medssl.TrainingError, match="Another process is writing"):
+            run_quick(backbone, toy, tmp_path)
+
+
+def test_unknown_device_is_named(backbone, toy, tmp_path):
+    with pytest.raises(ValueError, match="device 'gpu' is not here"):
+        fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="gpu")
+
+
+def test_an_unfinished_run_is_not_read_as_a_result(backbone, toy, tmp_path):
+    run = run_quick(backbone, toy, tmp_path)
+    (run.folder / "metrics.json").unlink()
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        medssl.load_run(run.folder)
+    assert list(medssl.load_runs(tmp_path)["status"]) == ["unfinished"]
+
+
+KILLED = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch, medssl_utils as medssl, test_training as t
+medssl.RESUME_SECONDS = 0.0
+medssl.add_head = lambda model, n, seed: (torch.manual_seed(seed), t.TinyNet())[1]
+moment, count = sys.argv[1], int(sys.argv[2])
+calls = {{"train": 0, "save": 0}}
+train, save = medssl.train_one_epoch, torch.save
+def dying_train(*a, **k):
+    calls["train"] += 1
+    if moment == "epoch" and calls["train"] == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train(*a, **k)
+def dying_save(state, path):
+    calls["save"] += 1
+    if moment == "save" and calls["save"] == count:
+        with open(path, "wb") as file:
+            file.write(b"half a file")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+    return save(state, path)
+medssl.train_one_epoch, torch.save = dying_train, dying_save
+torch.manual_seed(1)
+config = medssl.FineTuneConfig.named("demo", image_size=t.SIZE, epochs=4, batch_size=8)
+medssl.fine_tune(t.TinyBackbone(), t.REPORT, t.make_toy(), config, runs_dir=sys.argv[3], device="cpu",
+                 progress=False)
+"""
+
+
+def run_in_process(folder, moment="never", count=0) -> subprocess.CompletedProcess:
+    here = medssl.Path(__file__).parent
+    script = KILLED.format(tests=str(here), root=str(here.parent))
+    return subprocess.run([sys.executable, "-c", script, moment, str(count), str(folder)],
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """The final weights of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    assert run_in_process(folder).returncode == 0
+    return load_file(next(folder.rglob("best.safetensors")))
+
+
+@pytest.mark.parametrize("moment, count", [("epoch", 1), ("epoch", 3), ("save", 1), ("save", 2)])
+def test_killed_and_run_again_gives_the_bits_of_an_unbroken_run(
+        tmp_path, unbroken, moment, count):
+    assert run_in_process(tmp_path, moment, count).returncode == -signal.SIGKILL
+    assert not list(tmp_path.rglob("metrics.json"))
+    result = run_in_process(tmp_path)
+    assert result.returncode == 0, result.stderr
+    weights = load_file(next(tmp_path.rglob("best.safetensors")))
+    assert all(torch.equal(weights[k], unbroken[k]) for k in unbroken)
+    assert not list(tmp_path.rglob("last.pt")) and not list(tmp_path.rglob("*.tmp"))
