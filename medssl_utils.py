@@ -25,21 +25,25 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
+import pickletools
 import platform
 import random
 import re
 import shutil
+import struct
 import tempfile
 import time
 import warnings
 import zipfile
-from collections import Counter
+import zlib
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +57,8 @@ from filelock import FileLock, Timeout
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -133,8 +139,11 @@ class Checkpoint:
         wrapper: key of the outer dictionary that holds the tensors.
         prefix: what stands before each backbone key ("" for none).
         groups: auxiliary key prefix -> what those tensors are; all of them are left out.
-        snippet_unexpected: number of unexpected keys that the authors' README snippet reports.
+        snippet_unexpected: numbers of unexpected keys that the authors' README snippet reports,
+            one for each head that their code may have saved.
+        readme_unexpected: the unexpected keys in the words of that README.
         mean, std: intensity statistics of the pre-training input, per channel, in [0, 1].
+        other_prefix: where a second file of the authors' code keeps the same backbone.
     """
 
     method: str
@@ -144,8 +153,15 @@ class Checkpoint:
     prefix: str
     groups: Mapping[str, str]
     snippet_unexpected: tuple[int, ...]
+    readme_unexpected: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    other_prefix: str | None = None
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """All prefixes under which the backbone may lie, the published file's first."""
+        return (self.prefix,) if self.other_prefix is None else (self.prefix, self.other_prefix)
 
     @property
     def url(self) -> str:
@@ -167,7 +183,8 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "target_network.projector.": "projector of the target network",
             "target_network.predictor.": "predictor of the target network",
         },
-        (350,), LIDC_MEAN, LIDC_STD,
+        (350,), "online_network.projector and target_network.encoder layers",
+        LIDC_MEAN, LIDC_STD,
     ),
     "SwAV": Checkpoint(
         "SwAV", "11OWRzifq_BXrcFMZ13H0HwS4UGcaiAn_", "swav_resnet50.ckpt",
@@ -176,7 +193,8 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "model.projection_head.": "projection head for the online clustering",
             "model.prototypes.": "prototypes (cluster centres)",
         },
-        (10,), LIDC_MEAN, LIDC_STD,
+        (10,), "projection_head layers",
+        LIDC_MEAN, LIDC_STD,
     ),
     "MoCo": Checkpoint(
         "MoCo", "1hUr_6XdYxjB66ZYEGTqE7b8I88IN9a1l", "moco_v2_resnet50.ckpt",
@@ -189,23 +207,28 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "val_queue": "queue of negative keys for validation",
             "val_queue_ptr": "position in the validation queue",
         },
-        (330,), LIDC_MEAN, LIDC_STD,
+        (330, 324, 322), "encoder_k layers",  # heads fc.0 + fc.2, fc, none
+        LIDC_MEAN, LIDC_STD,
     ),
     "SparK": Checkpoint(
         "SparK", "1kYFS67jH9s8kAmhNyf5wlRj_Gh9vTK_H", "spark_resnet50.pth",
         "module", "",
-        {},
-        (0,), IMAGENET_MEAN, IMAGENET_STD,
+        {  # none in the published file; these are in `..._still_pretraining.pth`
+            "imn_m": "ImageNet mean", "imn_s": "ImageNet standard deviation",
+            "norm_black": "normalised black image", "dense_decoder.": "decoder",
+            "densify_norms.": "densifying norms", "densify_projs.": "densifying projections",
+            "mask_tokens.": "mask tokens", "config": "settings of the pre-training",
+        },
+        (0,), "none", IMAGENET_MEAN, IMAGENET_STD, other_prefix="sparse_encoder.sp_cnn.",
     ),
 }
 METHODS = tuple(CHECKPOINTS)
 CONTROLS = ("random", "ImageNet")
 
 # --- download ---
-# gdown reads Drive's "too large to scan" page; the transfer is our own. Resuming safely needs the
-# status, length and validators of the answer, which gdown.download keeps to itself: it joins parts
-# of two files, keeps a cut file of unknown length, and hides a 404 behind "cannot retrieve".
-
+# gdown reads Drive's page about large files; the transfer is our own. Safe resuming needs status,
+# length and validators of the answer, which gdown.download keeps to itself: it joins parts of two
+# files, takes a cut file of unknown length for whole, and does not name a 404 or retry a 503.
 
 _VALIDATORS = ("ETag", "Last-Modified", "X-Goog-Hash")
 
@@ -247,21 +270,25 @@ def download_checkpoint(
     checkpoint = CHECKPOINTS[_choose(method, METHODS, "method")]
     target = Path(folder) / checkpoint.filename
     try:
-        expected = _expected_checksum(target, sha256, from_file)
-        if _is_right(target, expected):  # asked before the lock: the folder may be read-only
+        expected = {"sha256": sha256.lower()} if sha256 else _known_checksum(folder, target.name)
+        if from_file is not None:
+            if problem := _file_problem(Path(from_file), expected):
+                raise CheckpointError(f"{from_file}: {problem}.")
+            expected = expected or {"sha256": _sha256(from_file)}
+        if not _file_problem(target, expected):  # before the lock: the folder may be read-only
             return target
+        if target.parent.is_file():
+            raise CheckpointError(f"{target.parent} is a file; a folder is needed there.")
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock")):
-            if _is_right(target, expected):  # another process was first
-                return target
-            if target.exists():
-                problem = _set_aside(target, _file_problem(target, expected))
-                warnings.warn(f"{problem}; it is fetched again.", stacklevel=2)
-            if from_file is None:
-                _transfer(url or checkpoint.url, target, expected, timeout, retries, quiet)
-            else:
+            problem = _file_problem(target, expected)  # again: another process may have been first
+            if problem and target.exists():
+                warnings.warn(_set_aside(target, problem) + "; a new one is got.", stacklevel=2)
+            if problem and from_file is not None:
                 with _atomic(target) as copy:
                     shutil.copy(from_file, copy)  # with its permissions
+            elif problem:
+                _transfer(url or checkpoint.url, target, expected, timeout, retries, quiet)
         return target
     except (CheckpointError, OSError) as error:
         raise CheckpointError(
@@ -271,7 +298,7 @@ def download_checkpoint(
 
 
 def _known_checksum(folder: str | Path, filename: str) -> dict[str, Any] | None:
-    """Return {"sha256": ..., "size": ...} that `folder`/checksums.json has for a file, or None.
+    """Return {"sha256": ..., "size": ...} from `folder`/checksums.json, None if not recorded.
 
     Raises:
         CheckpointError: the list itself cannot be read.
@@ -298,60 +325,34 @@ def _record_checksum(folder: str | Path, path: str | Path, sha256: str | None = 
     entry = {"sha256": sha256 or _sha256(path), "size": path.stat().st_size}
     with FileLock(listing.with_name(".checksums.json.lock")):
         known = _known_checksum(folder, path.name)
-        if known == entry:
-            return
-        if known is not None:
+        if known and known != entry:
             raise CheckpointError(
                 f"{path}: its sha256 is {entry['sha256']}, expected {known['sha256']} as recorded "
                 f"in {listing}. Fetch the file again, or, if the published file was replaced, "
                 "delete that entry."
             )
-        others = json.loads(listing.read_text()) if listing.exists() else {}
-        with _atomic(listing) as temporary:
-            temporary.write_text(json.dumps({**others, path.name: entry}, indent=2) + "\n")
-
-
-def _expected_checksum(
-    target: Path, sha256: str | None, from_file: str | Path | None
-) -> dict[str, Any] | None:
-    """Return {"sha256": ...} that `target` must have, None where nobody knows; check the source."""
-    if target.parent.is_file():
-        raise CheckpointError(f"{target.parent} is a file; a folder is needed there.")
-    known = _known_checksum(target.parent, target.name)
-    if sha256 is not None:
-        if not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-            raise CheckpointError(f"sha256={sha256!r} is not a SHA-256 of 64 hex digits.")
-        if known and known["sha256"] != sha256.lower():
-            raise CheckpointError(
-                f"sha256={sha256!r} was asked for, but {target.parent / 'checksums.json'} "
-                f"records {known['sha256']}: one of the two is wrong."
-            )
-        known = {"sha256": sha256.lower()}
-    if from_file is not None:
-        if problem := _file_problem(Path(from_file), known):
-            raise CheckpointError(f"{from_file}: {problem}.")
-        known = known or {"sha256": _sha256(from_file)}
-    return known
-
-
-def _is_right(target: Path, expected: Mapping[str, Any] | None) -> bool:
-    """Say whether `target` is there and nothing speaks against it."""
-    if target.is_dir():
-        raise CheckpointError(f"{target} is a folder and stands where the file should be.")
-    return target.exists() and _file_problem(target, expected) is None
+        if not known:
+            others = json.loads(listing.read_text()) if listing.exists() else {}
+            with _atomic(listing) as temporary:
+                text = json.dumps({**others, path.name: entry}, indent=2, sort_keys=True)
+                temporary.write_text(text + "\n")
 
 
 def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
-    """Say what is wrong with a file, or None. Without a checksum: is it one PyTorch wrote?"""
+    """Say what is wrong with a file, or None. Without a checksum: did PyTorch write it whole?"""
+    if not path.exists():
+        return "there is no such file"
     with open(path, "rb") as file:
         head = file.read(512)
     if _is_page(head):
         return "it is a web page, not the file"
     if expected:
-        found = _sha256(path)
-        right = found == expected["sha256"]
-        return None if right else f"its sha256 is {found}, expected {expected['sha256']}"
-    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # torch < 1.6: has no CRC
+        kind = "md5" if "md5" in expected else "sha256"  # MedMNIST's catalogue has MD5
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, kind).hexdigest()
+        right = found == expected[kind]
+        return None if right else f"its {kind} is {found}, expected {expected[kind]}"
+    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # torch < 1.6, has no CRC
         return None
     try:
         with zipfile.ZipFile(path) as archive:
@@ -368,7 +369,7 @@ def _is_page(head: bytes) -> bool:
     return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
 
 
-def _set_aside(path: Path, problem: str | None) -> str:
+def _set_aside(path: Path, problem: str) -> str:
     """Rename a wrong file to <final name>.bad; return the words that say so, and why."""
     bad = path.with_name(path.name.removesuffix(".part") + ".bad")
     os.replace(path, bad)
@@ -385,7 +386,7 @@ def _transfer(
         try:
             size = _fetch(url, part, timeout, quiet)
             problem = _file_problem(part, expected)
-            if problem and size is None:
+            if problem and size is None:  # probably cut
                 raise _Interrupted(f"{problem}; {url} did not say how long the file is")
             break
         except _Interrupted as error:
@@ -394,10 +395,10 @@ def _transfer(
                     f"gave up after {attempt + 1} attempts: {error}. {_kept(part)}"
                 ) from error
             time.sleep(min(0.5 * 2**attempt, 30))
+    part.with_suffix(".origin").unlink(missing_ok=True)
     if problem:
         raise CheckpointError(f"{_set_aside(part, problem)}. It came from {url}.")
     os.replace(part, target)
-    part.with_suffix(".origin").unlink(missing_ok=True)
 
 
 def _kept(part: Path) -> str:
@@ -408,7 +409,7 @@ def _kept(part: Path) -> str:
 
 def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> int | None:
     """Append to `part` what is missing; return the size that the server announced, if it did."""
-    note = part.with_suffix(".origin")  # what the partial file is a part of
+    note = part.with_suffix(".origin")  # which remote file it is a part of
     known = json.loads(note.read_text()) if part.exists() and note.exists() else {}
     same = known.get("url") == url and any(known[name] for name in _VALIDATORS)
     have = part.stat().st_size if same else 0
@@ -429,8 +430,11 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> int | None:
                 f"is {origin}. The part of the old one is removed; call again for the new one."
             )
         if start not in (0, have):
-            raise CheckpointError(f"{url} was asked for byte {have} on and sent byte {start} on.")
-        _need_room(part.parent, (origin["size"] or 0) - start)
+            part.unlink()
+            raise _Interrupted(f"{url} was asked for byte {have} on and sent byte {start} on")
+        needed, free = (origin["size"] or 0) - start, shutil.disk_usage(part.parent).free
+        if needed > free:
+            raise CheckpointError(f"{part.parent} has {free:,} bytes free; {needed:,} are needed.")
         if start == 0:  # also where the server ignores the range
             part.unlink(missing_ok=True)
             with _atomic(note) as temporary:
@@ -447,7 +451,9 @@ def _network_errors(url: str, part: Path, timeout: float) -> Iterator[None]:
     try:
         yield
     except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-        raise CheckpointError(f"{url} sent nothing for {timeout:g} s. {_kept(part)}") from error
+        raise CheckpointError(
+            f"{url} is silent: less than 1 kB/s for {timeout:g} s. {_kept(part)}"
+        ) from error
     except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
         raise _Interrupted(f"the connection to {url} was lost ({error})") from error
     except requests.RequestException as error:
@@ -496,21 +502,11 @@ def _chunks(response: requests.Response, timeout: float) -> Iterator[bytes]:
 def _origin(response: requests.Response, url: str) -> tuple[int, dict[str, Any]]:
     """Return the first byte that is sent, and what tells the remote file from a changed one."""
     start, size = 0, response.headers.get("Content-Length", "")
-    if response.status_code != 200:  # then "bytes 5-9/10" speaks for the whole file
+    if response.status_code != 200:  # "bytes 5-9/10": here the whole file's size is behind the /
         words = response.headers.get("Content-Range", "")
         start, size = int(re.match(r"(?:bytes (\d+))?", words)[1] or -1), words.rpartition("/")[2]
     validators = {name: response.headers.get(name) for name in _VALIDATORS}
     return start, {"url": url, "size": int(size) if size.isdigit() else None, **validators}
-
-
-def _need_room(folder: Path, size: int) -> None:
-    """Raise CheckpointError if the disk has less than `size` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise CheckpointError(
-            f"the disk of {folder} is too full: {size / 1e6:,.1f} MB are needed, "
-            f"{free / 1e6:,.1f} MB are free."
-        )
 
 
 def _append(part: Path, chunks: Iterable[bytes], size: int | None, quiet: bool) -> None:
@@ -530,6 +526,1025 @@ def _append(part: Path, chunks: Iterable[bytes], size: int | None, quiet: bool) 
 
 
 # --- end of download ---
+
+# --- read, match, convert ---
+
+# --- Read: what lies in a file, without running any of it --------------------
+
+_DTYPES = {  # the storage classes that torch.save names -> the numbers they hold
+    "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64,
+    "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8, "torch.BoolStorage": torch.bool,
+}
+_REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
+_REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
+_HARMLESS = re.compile(  # names that training code leaves beside the weights; none is ever looked up
+    r"""(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|pl_bolts|omegaconf
+        |torchmetrics|typing|datetime|torch\.optim|torch\.nn) (\.\w+)+
+    | argparse\.Namespace | functools\.partial | _codecs\.encode | (copyreg|copy_reg)\._reconstructor
+    | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
+    | collections\.(OrderedDict|defaultdict|Counter|deque)
+    | (builtins|__builtin__)\.(bool|int|long|float|complex|str|unicode|bytes|bytearray|list|tuple
+        |dict|set|frozenset|slice|range|xrange|object|type|NoneType)
+    | numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray|bool_?|str_|bytes_
+        |u?int\d+|float\d+|dtypes\.\w+)
+    | torch\.(Size|device|dtype|torch_version\.TorchVersion|bool|u?int\d+|b?float\d+|double|half|long)
+    """, re.VERBOSE)
+_PUSH_ARGUMENT = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split())
+_PUSH_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+MAX_PICKLE_BYTES = 4 << 20  # a published file's is under 0.3 MB
+MAX_NAMES = 200
+
+
+class _Name(str):
+    """`module.name` as a pickle gives it: text, never the object that it names."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies in a file; nothing of it has been read yet (units: elements)."""
+
+    record: str
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def view(self, data: torch.Tensor) -> torch.Tensor:
+        """Return this tensor as a view of its record's bytes (uint8, 1-D)."""
+        return data.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+
+
+class _PickleReader:
+    """Turns a pickle into plain data by reading its opcodes; no unpickler is involved.
+
+    It can build dicts (with text keys), lists, tuples, numbers, text and `_Stored` tensors, and
+    nothing else. Every name is text. A name that has a place in a weight file stands for an empty
+    placeholder, whatever it is called with; any other name is refused.
+
+    Args:
+        claim: called with (storage key, bytes) of each storage; returns its record, or raises.
+        allow_extra: further `module.name`s to take as placeholders.
+    """
+
+    def __init__(self, claim: Callable[[str, int], str], allow_extra: Sequence[str] = ()):
+        self.claim, self.allowed = claim, set(allow_extra)
+        self.names: set[str] = set()
+        self.refused: dict[str, None] = {}  # in the order in which they were met
+
+    def read(self, stream: Any) -> Any:
+        """Return the data of one pickle; `stream` is left behind its end.
+
+        Raises:
+            CheckpointError: a refused name, more than 200 names, or a broken pickle.
+        """
+        problem = None
+        try:
+            result = self._run(stream)
+        except Exception as error:  # whatever a broken pickle does to the stack below
+            problem = error
+        if self.refused:
+            raise CheckpointError(_refusal(self.refused))
+        if problem is not None:
+            raise CheckpointError(f"its pickle is damaged ({problem})") from None
+        return result
+
+    def _run(self, stream: Any) -> Any:
+        stack: list[Any] = []
+        marks: list[int] = []
+        memo: dict[int, Any] = {}
+
+        def cut(start: int) -> list[Any]:
+            items = stack[start:]
+            del stack[start:]
+            return items
+
+        for opcode, argument, _ in pickletools.genops(stream):
+            op = opcode.name
+            if op in _PUSH_ARGUMENT:
+                stack.append(argument)
+            elif op in _PUSH_CONSTANT:
+                stack.append(_PUSH_CONSTANT[op])
+            elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
+                memo[argument] = stack[-1]
+            elif op == "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            elif op in ("BINGET", "LONG_BINGET", "GET"):
+                stack.append(memo[argument])
+            elif op == "MARK":
+                marks.append(len(stack))
+            elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
+                stack.append(tuple(cut(len(stack) - int(op[-1]))))
+            elif op == "TUPLE":
+                stack.append(tuple(cut(marks.pop())))
+            elif op in ("EMPTY_LIST", "EMPTY_SET"):
+                stack.append([])
+            elif op in ("LIST", "FROZENSET"):
+                stack.append(cut(marks.pop()))
+            elif op == "EMPTY_DICT":
+                stack.append({})
+            elif op == "DICT":
+                stack.append(_fill({}, cut(marks.pop())))
+            elif op in ("SETITEM", "SETITEMS"):
+                pairs = cut(marks.pop() if op == "SETITEMS" else len(stack) - 2)
+                _fill(stack[-1], pairs)
+            elif op in ("APPEND", "APPENDS", "ADDITEMS"):
+                items = cut(len(stack) - 1 if op == "APPEND" else marks.pop())
+                if isinstance(stack[-1], list):
+                    stack[-1].extend(items)
+            elif op == "GLOBAL":
+                stack.append(self._name(*argument.split(" ", 1)))
+            elif op == "STACK_GLOBAL":
+                stack.append(self._name(*cut(len(stack) - 2)))
+            elif op in ("REDUCE", "NEWOBJ"):
+                stack.append(self._call(*cut(len(stack) - 2)))
+            elif op == "NEWOBJ_EX":
+                stack.append(self._call(*cut(len(stack) - 3)[:2]))
+            elif op == "OBJ":
+                name, *arguments = cut(marks.pop())
+                stack.append(self._call(name, arguments))
+            elif op == "INST":
+                name = self._name(*argument.split(" ", 1))
+                stack.append(self._call(name, cut(marks.pop())))
+            elif op in ("BUILD", "POP"):  # BUILD: the state of an object that is never made
+                stack.pop()
+            elif op == "POP_MARK":
+                cut(marks.pop())
+            elif op == "DUP":
+                stack.append(stack[-1])
+            elif op == "BINPERSID":
+                stack.append(self._storage(*stack.pop()))
+            elif op == "STOP":
+                return stack.pop()
+            elif op not in ("PROTO", "FRAME"):
+                raise ValueError(f"opcode {op} has no place in a weight file")
+
+    def _name(self, module: str, name: str) -> _Name:
+        """Return the name as text; note it for refusal where it has no place in a weight file."""
+        full = _Name(f"{module}.{name}")
+        self.names.add(full)
+        if len(self.names) > MAX_NAMES:
+            raise ValueError(f"it holds more than {MAX_NAMES} names")
+        known = full in _DTYPES or full in _REBUILD or full == _REBUILD_PARAMETER
+        plain = "." not in name and _HARMLESS.fullmatch(full)
+        if not (known or plain or full in self.allowed):
+            self.refused[full] = None
+        return full
+
+    def _call(self, name: _Name, arguments: Sequence[Any]) -> Any:
+        """Return what `name(*arguments)` stands for: a tensor, a dict, or an empty placeholder."""
+        if not isinstance(name, _Name):
+            raise ValueError(f"it calls {type(name).__name__}")
+        if name in _REBUILD:
+            return _stored(*arguments[:4])
+        if name == _REBUILD_PARAMETER:
+            return arguments[0]
+        if arguments and isinstance(arguments[0], dict):  # Counter({...}), AttributeDict({...})
+            return dict(arguments[0])
+        if name == "collections.OrderedDict" and arguments:  # Python 2 wrote a list of pairs
+            return _fill({}, [part for pair in arguments[0] for part in pair])
+        return {}
+
+    def _storage(self, kind: str, name: _Name, key: str, location: str, numel: int, *view: Any):
+        """Return (record, dtype, numel) of the storage that a pickle refers to."""
+        if kind != "storage" or not isinstance(key, str) or view not in ((), (None,)):
+            raise ValueError(f"it refers to {kind!r} where a storage was expected")
+        dtype = _DTYPES[name]
+        if type(numel) is not int or numel < 0:
+            raise ValueError(f"storage {key} declares {numel!r} elements")
+        return self.claim(key, numel * dtype.itemsize), dtype, numel
+
+
+def _fill(target: Any, flat: list[Any]) -> Any:
+    """Put key, value, key, value ... into a dict. Only text keys are kept: no weight has another.
+
+    Raises:
+        ValueError: a key comes twice (Python would silently keep the last one).
+    """
+    for key, value in zip(flat[::2], flat[1::2], strict=True):
+        if isinstance(key, str) and isinstance(target, dict):
+            if key in target:
+                raise ValueError(f"the key {key!r} comes twice")
+            target[key] = value
+    return target
+
+
+def _stored(storage: tuple, offset: int, shape: tuple, stride: tuple) -> _Stored:
+    """Return a tensor's place after checking that it lies inside its storage, gaps excluded."""
+    record, dtype, numel = storage
+    numbers = (offset, *shape, *stride)
+    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
+        raise ValueError(f"a tensor of {record} has offset, shape and stride {numbers}")
+    stored = _Stored(record, dtype, offset, tuple(shape), tuple(stride))
+    if offset + math.prod(shape) > numel:
+        raise ValueError(f"a tensor of shape {stored.shape} at {offset} leaves {record} ({numel})")
+    blank = torch.empty(0, dtype=dtype, device="meta").as_strided(shape, stride)
+    if not (blank.is_contiguous() or
+            blank.dim() == 4 and blank.is_contiguous(memory_format=torch.channels_last)):
+        raise ValueError(f"a tensor of {record} has shape {stored.shape}, stride {stored.stride}")
+    return stored
+
+
+def _refusal(names: Iterable[str]) -> str:
+    """Say which pickled names were refused, and what would accept them."""
+    names = tuple(names)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (f"it asks for {shown}, which has no place in a weight file: opened the usual way, "
+            "it could run code. Nothing was run. If you trust its origin, allow_extra="
+            f"{names!r} reads it with empty placeholders in place of these")
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint whose contents are known but not yet read.
+
+    Attributes:
+        entries: what lies under the wrapper: name -> `_Stored`, or plain data.
+        wrapper: the keys that lead there.
+        top: the outermost dictionary.
+        records: record -> (first byte, bytes, CRC-32; None where the format has none).
+    """
+
+    path: Path
+    entries: dict[str, Any]
+    wrapper: tuple[str, ...]
+    top: dict[str, Any]
+    records: dict[str, tuple[int, int, int | None]]
+    notes: tuple[str, ...]
+
+
+def load_state_dict(path: str | Path, *, allow_extra: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+    """Read all tensors under a checkpoint's wrapper; no code from the file ever runs.
+
+    Args:
+        path: a file that `torch.save` wrote, of any origin.
+        allow_extra: pickled `module.name`s to take as empty placeholders, as an error named them.
+    Returns:
+        name -> tensor on the CPU, in the file's order.
+    Raises:
+        CheckpointError: it isn't a checkpoint, is damaged, or asks for names of no weight file.
+    """
+    opened = _open_checkpoint(path, allow_extra)
+    wanted = {k: entry for k, entry in opened.entries.items() if isinstance(entry, _Stored)}
+    return _read_tensors(opened, wanted)
+
+
+def _open_checkpoint(path: str | Path, allow_extra: Sequence[str] = ()) -> _Opened:
+    """Check a file's structure and list what it holds, without reading its tensors."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file. Notebook 01 shows how to get the checkpoints.")
+    allow_extra = (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
+    with open(path, "rb") as file:
+        kind = _what(file)
+        try:
+            if kind == "zip":
+                top, records, notes = _open_zip(file, allow_extra)
+            elif kind == "legacy":
+                top, records, notes = _open_legacy(file, allow_extra)
+            else:
+                raise CheckpointError(f"it is {kind}, not a checkpoint that torch.save wrote")
+            entries, wrapper = _unwrap(top)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}.") from None
+    return _Opened(path, entries, wrapper, top, records, notes)
+
+
+def _what(file: Any) -> str:
+    """Say by its first bytes what a file is: "zip", "legacy", or words for anything else."""
+    head = file.read(512)
+    text = head.lstrip().lower()
+    size = os.fstat(file.fileno()).st_size
+    for start, words in {
+        b"PK\x03\x04": "zip", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "legacy",
+        b"\x1f\x8b": "a gzip archive (unpack it first)", b"BZh": "a bzip2 archive (unpack it first)",
+        b"\xfd7zXZ": "an xz archive (unpack it first)", b"\x89HDF": "an HDF5 file",
+        b"\x89PNG": "a PNG image", b"%PDF": "a PDF document", b"PK": "an empty or split zip archive",
+        b"version https://git-lfs": "a Git LFS pointer (run git lfs pull)",
+    }.items():
+        if head.startswith(start):
+            return words
+    if not head:
+        return "empty (0 bytes)"
+    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
+        return "a web page (HTML), perhaps a quota or login page"
+    if head[257:262] == b"ustar":
+        return "a tar archive (unpack it first)"
+    if 2 <= int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{":
+        return "a safetensors file"
+    if text.startswith((b"{", b"[")):
+        return "JSON text"
+    if not head.strip(b"\0"):
+        return f"nothing but zeros at its start ({size:,} bytes)"
+    names = _names_in_pickle(file)
+    if names:
+        return f"a bare Python pickle that asks for {', '.join(names[:8])} (nothing of it was run)"
+    return f"of no known kind ({size:,} bytes, first bytes {head[:8].hex(' ')})"
+
+
+def _names_in_pickle(file: Any) -> list[str]:
+    """List the names that a stream would ask for if it were a bare pickle, whole or broken."""
+    reader = _PickleReader(lambda key, size: key)
+    file.seek(0)
+    with contextlib.suppress(CheckpointError):
+        reader.read(io.BytesIO(file.read(MAX_PICKLE_BYTES)))
+    return sorted(reader.names)
+
+
+def _open_zip(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict, tuple[str, ...]]:
+    """Open what `torch.save` writes since PyTorch 1.6: a zip of a pickle and uncompressed records."""
+    records = _zip_records(file)
+    pickles = [name for name in records if name.endswith("data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise CheckpointError(f"it is a zip archive without one data.pkl, not a checkpoint; it "
+                              f"holds {', '.join(list(records)[:4])} (unpack it first)")
+    root = pickles[0].removesuffix("data.pkl")
+    if f"{root}constants.pkl" in records:
+        raise CheckpointError("it is a TorchScript program, not a checkpoint: save its state_dict")
+    if (order := _small_record(file, records, f"{root}byteorder")) not in (b"little", b""):
+        raise CheckpointError(f"its byte order is {order!r}; only 'little' can be read")
+    used = set()
+
+    def claim(key: str, size: int) -> str:
+        record = f"{root}data/{key}"
+        if record not in records:
+            raise ValueError(f"record {record} is missing")
+        if records[record][1] != size:
+            raise ValueError(f"{record} has {records[record][1]:,} bytes, {size:,} were declared")
+        used.add(record)
+        return record
+
+    content = io.BytesIO(_small_record(file, records, pickles[0]))
+    top = _PickleReader(claim, allow_extra).read(content)
+    for record in records:
+        if record.startswith(f"{root}data/") and record not in used:
+            raise CheckpointError(f"it is damaged: {record} belongs to no tensor")
+    return top, records, ()
+
+
+def _zip_records(file: Any) -> dict[str, tuple[int, int, int]]:
+    """List a zip's records: name -> (first byte, bytes, CRC-32), after checking their places."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except Exception as error:  # zipfile raises half a dozen kinds on a damaged directory
+        raise CheckpointError(f"its zip directory is damaged or cut off ({error}): "
+                              "fetch the file again") from None
+    records = {}
+    for info in infos:
+        if info.filename in records:
+            raise CheckpointError(f"the record {info.filename} comes twice")
+        if info.compress_type or info.flag_bits & 1 or info.file_size != info.compress_size:
+            raise CheckpointError(f"the record {info.filename} is compressed or encrypted "
+                                  f"({info.file_size:,} bytes), which torch.save never does")
+        file.seek(info.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise CheckpointError(f"the record {info.filename} is not where the directory says")
+        name_size, extra_size = struct.unpack("<HH", header[26:30])
+        if file.read(name_size) != info.orig_filename.encode("utf-8", "replace"):
+            raise CheckpointError(f"the record {info.filename} has another name in its header")
+        first = info.header_offset + 30 + name_size + extra_size
+        if first + info.file_size > size:
+            raise CheckpointError(f"the record {info.filename} reaches beyond the file's end")
+        records[info.filename] = (first, info.file_size, info.CRC)
+    if sum(length for _, length, _ in records.values()) > size:
+        raise CheckpointError("its records overlap")
+    return records
+
+
+def _small_record(file: Any, records: Mapping, name: str) -> bytes:
+    """Return a checked record of at most 4 MB, b"" where there is none."""
+    first, size, crc = records.get(name, (0, 0, 0))
+    if size > MAX_PICKLE_BYTES:
+        raise CheckpointError(f"the record {name} has {size:,} bytes; at most "
+                              f"{MAX_PICKLE_BYTES:,} are read")
+    file.seek(first)
+    data = file.read(size)
+    _check_crc(name, zlib.crc32(data), crc)
+    return data
+
+
+def _check_crc(record: str, found: int, expected: int | None) -> None:
+    """Compare a record's checksum with the zip's; legacy files have none."""
+    if expected is not None and found != expected:
+        raise CheckpointError(f"the record {record} is damaged (CRC-32 {found:08x}, the archive "
+                              f"says {expected:08x}): fetch the file again")
+
+
+def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict, tuple[str, ...]]:
+    """Open what `torch.save` wrote before PyTorch 1.6: five pickles, then the numbers."""
+    sizes: dict[str, int] = {}
+
+    def claim(key: str, size: int) -> str:
+        if sizes.setdefault(key, size) != size:
+            raise ValueError(f"storage {key} is declared with {sizes[key]:,} and {size:,} bytes")
+        return key
+
+    reader = _PickleReader(claim, allow_extra)
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        _, _, system, top, keys = (reader.read(content) for _ in range(5))
+        if not system.get("little_endian", True):
+            raise CheckpointError("its byte order is big-endian; only little-endian can be read")
+        if sorted(keys) != sorted(sizes):
+            raise CheckpointError("its list of storages is not the one that its tensors name")
+        records: dict[str, tuple[int, int, None]] = {}
+        first = content.tell()
+        for key in keys:
+            records[key] = (first + 8, sizes[key], None)  # 8 bytes: the number of elements
+            first += 8 + sizes[key]
+        if first != len(content):
+            raise CheckpointError(f"it has {len(content):,} bytes, its tensors need {first:,}: "
+                                  "cut off or damaged")
+    return top, records, ("legacy format (before PyTorch 1.6): it has no CRC, so damage inside "
+                          "a tensor can't be noticed",)
+
+
+_WRAPPERS = ("state_dict", "module", "model", "model_state_dict", "checkpoint")
+
+
+def _unwrap(top: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the dictionary that holds the tensors, and the keys that lead to it."""
+    path: list[str] = []
+    while True:
+        if not isinstance(top, dict):
+            raise CheckpointError(f"it holds no dictionary of tensors, but a {type(top).__name__}")
+        if any(isinstance(value, _Stored) for value in top.values()):
+            return top, tuple(path)
+        inner = [key for key in _WRAPPERS if isinstance(top.get(key), dict)]
+        if len(inner) != 1:
+            raise CheckpointError(f"it holds no tensors under one of {', '.join(_WRAPPERS)}; its "
+                                  f"keys are {', '.join(list(top)[:12]) or 'none'}")
+        path.append(inner[0])
+        top = top[inner[0]]
+
+
+def _read_tensors(opened: _Opened, wanted: Mapping[str, _Stored]) -> dict[str, torch.Tensor]:
+    """Read the wanted tensors and check the CRC of every record, wanted or not, in one pass."""
+    needed = {stored.record for stored in wanted.values()}
+    data: dict[str, torch.Tensor] = {}
+    scratch = np.empty(1 << 20, np.uint8)
+    try:
+        with open(opened.path, "rb") as file:
+            for record, (first, size, crc) in opened.records.items():
+                file.seek(first)
+                buffer = scratch
+                if record in needed:
+                    data[record] = torch.empty(size, dtype=torch.uint8)
+                    buffer = data[record].numpy()
+                found = _read_checked(file, buffer, size)
+                _check_crc(record, found, crc)
+    except CheckpointError as error:
+        raise CheckpointError(f"{opened.path}: {error}.") from None
+    return {name: stored.view(data[stored.record]) for name, stored in wanted.items()}
+
+
+def _read_checked(file: Any, buffer: np.ndarray, size: int) -> int:
+    """Read `size` bytes into `buffer` (again and again where it is smaller); return the CRC-32."""
+    crc = 0
+    for start in range(0, size, max(len(buffer), 1)):
+        part = buffer[: size - start]
+        if file.readinto(part) != len(part):
+            raise CheckpointError("it became shorter while it was read")
+        crc = zlib.crc32(part, crc)
+    return crc
+
+
+# --- Match: is it the backbone of the method that was asked for? -------------
+
+
+@functools.cache
+def _resnet50() -> nn.Module:
+    """torchvision's ResNet50 with its classifier, without memory: names and shapes only."""
+    with torch.device("meta"):
+        return torchvision.models.resnet50()
+
+
+@functools.cache
+def _backbone_layout() -> dict[str, torch.Tensor]:
+    """The 318 entries of a ResNet50 without `fc`: name -> tensor without memory."""
+    return {k: v for k, v in _resnet50().state_dict().items() if not k.startswith("fc.")}
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """What was taken from a checkpoint, what was left, and why that is right.
+
+    Attributes:
+        method: BYOL, SwAV, MoCo, SparK, random or ImageNet.
+        weights: "stand-in", "published", "file" (a path was given), "random" or "ImageNet".
+        path: name of the file, "" for the controls.
+        loaded, expected: backbone tensors that were loaded, and that a ResNet50 has.
+        missing_keys, unexpected_keys: what the authors' README snippet reports for this file
+            (its renaming, `strict=False`, torchvision's ResNet50 with `fc`).
+        groups: what was left out: key prefix -> (number of keys, what they are).
+        changed: loaded tensors that differ from a fresh initialisation.
+        fingerprint: SHA-256 over names, shapes and numbers of the loaded tensors.
+        sha256: of the file, "" for the controls.
+        allow_extra: what the user accepted beyond the known layout.
+        notes: further things to know, one sentence each.
+    """
+
+    method: str
+    weights: str
+    path: str = ""
+    loaded: int = 318
+    expected: int = 318
+    missing_keys: tuple[str, ...] = ()
+    unexpected_keys: tuple[str, ...] = ()
+    groups: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    changed: int = 0
+    fingerprint: str = ""
+    sha256: str = ""
+    allow_extra: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def demo(self) -> bool:
+        """True for a stand-in, whose weights are random numbers."""
+        return self.weights == "stand-in"
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: what was loaded, and whether the README's expectation was met."""
+        text = f"{self.loaded} of {self.expected} backbone tensors loaded"
+        if self.method in CHECKPOINTS:
+            expected = (self.missing_keys == README_MISSING
+                        and len(self.unexpected_keys) in CHECKPOINTS[self.method].snippet_unexpected)
+            text += ("; what was left out is what the authors' README expects" if expected else
+                     "; the keys differ from those in the authors' README, see the notes")
+        return text + (". STAND-IN: random numbers in the published layout." if self.demo else ".")
+
+    def to_frame(self) -> pd.DataFrame:
+        """Return the report as a table: keys, found, what the authors' README expects, meaning."""
+        rows = [("backbone", f"{self.loaded} of {self.expected}", "", "ResNet50 without fc: loaded")]
+        if self.method in CHECKPOINTS:
+            known = CHECKPOINTS[self.method]
+            rows += [
+                ("missing_keys", ", ".join(self.missing_keys) or "none", ", ".join(README_MISSING),
+                 "the classifier, which was not pre-trained"),
+                ("unexpected_keys", f"{len(self.unexpected_keys)}",
+                 f"{' or '.join(map(str, known.snippet_unexpected))}: {known.readme_unexpected}",
+                 "auxiliary parts, sorted below"),
+            ]
+        rows += [(f"  {group}", f"{count}", "", f"{words}: left out")
+                 for group, (count, words) in self.groups.items()]
+        return pd.DataFrame(rows, columns=["keys", "found", "README expects", "what it is"])
+
+    def __str__(self) -> str:
+        lines = [f"{self.method} ({self.weights}{', ' + self.path if self.path else ''})"]
+        lines += self.to_frame().to_string(index=False, header=True, justify="left").splitlines()
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"changed from a fresh initialisation: {self.changed} of {self.loaded} tensors",
+                  f"fingerprint: {self.fingerprint[:16]}", self.verdict]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        return (f"<b>{self.method}</b> ({html.escape(' '.join((self.weights, self.path)).strip())})"
+                f"{self.to_frame().to_html(index=False)}<ul>{notes}</ul>"
+                f"<p>{self.changed} of {self.loaded} tensors differ from a fresh initialisation; "
+                f"fingerprint <code>{self.fingerprint[:16]}</code>.<br><b>{self.verdict}</b></p>")
+
+    @staticmethod
+    def layers(model: nn.Module) -> pd.DataFrame:
+        """Return a model's tensors as a table: name, shape, mean, std, and the std of a fresh one."""
+        rows = []
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                std = tensor.double().std(correction=0).item() if tensor.numel() else math.nan
+                rows.append((name, tuple(tensor.shape), tensor.double().mean().item(), std,
+                             _fresh_std(tensor)))
+        return pd.DataFrame(rows, columns=["tensor", "shape", "mean", "std", "fresh std"])
+
+
+README_MISSING = ("fc.weight", "fc.bias")
+
+
+def _fresh_std(weight: torch.Tensor) -> float:
+    """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
+    return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
+
+
+def load_backbone(
+    method: str | None = None, path: str | Path | None = None, *, weights: str = "stand-in",
+    folder: str | Path = "checkpoints", seed: int = 0, allow_extra: Sequence[str] = (),
+    cache: bool | str = True,
+) -> tuple[nn.Module, KeyReport]:
+    """Return a ResNet50 backbone with a method's weights, and the report of its keys.
+
+    Args:
+        method: one of METHODS or CONTROLS; None recognises the method of the file at `path`.
+        path: a checkpoint to read; else `weights` decides.
+        weights: "stand-in" (written on demand, random numbers) or "published" (fetched on demand).
+        folder: where checkpoints are kept.
+        seed: of the `random` control.
+        allow_extra: key groups ("group.") or pickled names that an error named and you accept.
+        cache: keep the backbone as safetensors beside the file, for quick later loads. True trusts
+            it while size and time stamp of both files are unchanged; "verify" hashes it each time.
+    Returns:
+        model: torchvision ResNet50, `fc` replaced by Identity, eval mode, on the CPU;
+            (N, 3, H, W) images to (N, 2048) features.
+        report: the `KeyReport`.
+    Raises:
+        CheckpointError: anything but 318 right tensors of the method that was asked for.
+    """
+    if method is not None:
+        _choose(method, (*METHODS, *CONTROLS), "method")
+    allow_extra = (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
+    if method in CONTROLS:
+        if path is not None:
+            raise ValueError(f"method {method!r} takes no file, but path={str(path)!r} was given.")
+        tensors, report = _random_control(seed) if method == "random" else _imagenet_control()
+        return _build(tensors), report
+    path, weights = _locate(method, path, weights, Path(folder))
+    tensors, report = _load_file(method, path, weights, allow_extra, cache)
+    return _build(tensors), report
+
+
+def _locate(method: str | None, path: Any, weights: str, folder: Path) -> tuple[Path, str]:
+    """Return the file to read, and what its weights are to be: "file", "stand-in", "published"."""
+    if path is not None:
+        return Path(path), "file"
+    _choose(weights, ("stand-in", "published"), "weights")
+    if method is None:
+        raise ValueError("Give a method, or the path of a file whose method is to be recognised.")
+    if weights == "published":
+        return Path(download_checkpoint(method, folder)), weights
+    path = folder / "stand-in" / CHECKPOINTS[method].filename
+    return (path if path.exists() else write_demo_checkpoint(method, path.parent)), weights
+
+
+def _build(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Return a ResNet50 without classifier that holds exactly these 318 tensors."""
+    model = copy.deepcopy(_resnet50())  # names and shapes only: no time spent on random weights
+    model.fc = nn.Identity()
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model.eval()
+
+
+def _random_control(seed: int) -> tuple[dict[str, torch.Tensor], KeyReport]:
+    """torchvision's own initialisation under `seed`; the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        state = torchvision.models.resnet50().state_dict()
+    tensors = {name: state[name] for name in _backbone_layout()}
+    return tensors, KeyReport("random", "random", fingerprint=_fingerprint(tensors),
+                              notes=(f"torchvision's initialisation, seed {seed}",))
+
+
+def _imagenet_control() -> tuple[dict[str, torch.Tensor], KeyReport]:
+    """torchvision's IMAGENET1K_V1 weights, from its own cache or download."""
+    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"The ImageNet weights could not be fetched from {weights.url} ({error}). Fetch that "
+            f"file on a machine with network and put it into {torch.hub.get_dir()}/checkpoints, "
+            "or leave the control ImageNet out.") from None
+    tensors = {name: state[name] for name in _backbone_layout()}
+    return tensors, KeyReport(
+        "ImageNet", "ImageNet", path=weights.url.rsplit("/", 1)[-1], changed=_changed(tensors),
+        groups={"fc.": (2, "ImageNet classifier")}, fingerprint=_fingerprint(tensors),
+        notes=("torchvision ResNet50_Weights.IMAGENET1K_V1",))
+
+
+def _load_file(
+    method: str | None, path: Path, weights: str, allow_extra: tuple[str, ...], cache: bool | str,
+) -> tuple[dict[str, torch.Tensor], KeyReport]:
+    """Return the 318 tensors of a file and their report, from its cache where that is current."""
+    loaded = _load_cache(path, allow_extra, cache) if cache else None
+    if loaded is None:
+        loaded = _load_original(method, path, allow_extra)
+        if cache:
+            _write_cache(path, *loaded)
+    tensors, report = loaded
+    _agree(path, method, report.method)
+    _check_origin(path, weights, report)
+    return tensors, replace(report, weights="stand-in" if report.demo else weights)
+
+
+def _agree(path: Path, asked: str | None, found: str) -> None:
+    """Refuse a file of one method that was asked for as another."""
+    if asked not in (None, found):
+        raise CheckpointError(f"{path} is a {found} checkpoint, but method {asked!r} was asked for: "
+                              f"ask for {found!r}, or give the {asked} file.")
+
+
+def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
+    """Keep stand-in and published apart, and hold a file against its recorded checksum.
+
+    The first load of a published file that passed every check records its checksum (trust on
+    first use): from then on other bytes under that name are refused.
+    """
+    if weights == "published" and report.demo:
+        raise CheckpointError(f"{path} is a stand-in with random weights, not the published file: "
+                              "delete it and fetch the published one (notebook 01).")
+    if weights == "stand-in" and not report.demo:
+        raise CheckpointError(f"{path} does not say that it is a stand-in: move it elsewhere and "
+                              "give its path, and a stand-in will be written here.")
+    known = _known_checksum(path.parent, path.name)
+    if known is not None and known["sha256"] != report.sha256:
+        raise CheckpointError(
+            f"{path}: its SHA-256 is {report.sha256}, but checksums.json recorded "
+            f"{known['sha256']} at its first load. These are other bytes under the same name: "
+            "fetch it again, or delete that entry if the published file was replaced.")
+    if known is None and weights == "published":
+        _record_checksum(path.parent, path, report.sha256)
+
+
+def _load_original(
+    method: str | None, path: Path, allow_extra: tuple[str, ...],
+) -> tuple[dict[str, torch.Tensor], KeyReport]:
+    """Open, match, read and check a checkpoint as it was published."""
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(_sha256, path)  # as long as all the rest, so side by side
+        opened = _open_checkpoint(path, allow_extra)
+        found, backbone, facts = _match(opened, method, allow_extra)
+        tensors = _read_tensors(opened, backbone)
+        tensors = {name: tensors.get(name, torch.zeros((), dtype=torch.int64)) for name in _backbone_layout()}
+        _check_values(path, tensors)
+        report = KeyReport(
+            found, "stand-in" if STAND_IN_MARK in opened.top else "file", path.name,
+            changed=_changed(tensors), fingerprint=_fingerprint(tensors),
+            sha256=digest.result(), allow_extra=allow_extra, **facts)
+    return tensors, report
+
+
+def _match(
+    opened: _Opened, method: str | None, allow_extra: tuple[str, ...],
+) -> tuple[str, dict[str, _Stored], dict[str, Any]]:
+    """Return the file's method, its backbone entries by ResNet50 name, and facts for the report."""
+    try:
+        entries, notes = _without_ddp(opened.entries)
+        found, prefix = _recognise(entries)
+        _agree(opened.path, method, found)
+        known = CHECKPOINTS[found]
+        groups, extra = _sort_rest(entries, prefix, known, allow_extra)
+        if method is None and not (groups or known.wrapper in opened.wrapper and not known.groups):
+            raise CheckpointError("it holds a ResNet50 and nothing that tells its method: name the "
+                                  "method")
+        backbone, filled = _take_backbone(entries, prefix)
+    except CheckpointError as error:
+        text = str(error)
+        raise CheckpointError(text if text.startswith(str(opened.path)) else
+                              f"{opened.path}: {text}.") from None
+    missing, unexpected, raised = _readme_snippet(found, entries)
+    notes = (*opened.notes, *notes, *filled, *raised, *extra)
+    if prefix != known.prefix:
+        notes += (f"backbone found under {prefix!r}",)
+    return found, backbone, {"groups": groups, "missing_keys": missing,
+                             "unexpected_keys": unexpected, "notes": notes}
+
+
+def _without_ddp(entries: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Remove `module.` (DistributedDataParallel) where every key begins with it."""
+    if not all(key.startswith("module.") for key in entries):
+        return entries, ()
+    return ({key.removeprefix("module."): value for key, value in entries.items()},
+            ("every key began with 'module.' (DistributedDataParallel), which was removed",))
+
+
+def _recognise(entries: Mapping[str, Any]) -> tuple[str, str]:
+    """Return method and prefix under which most of a ResNet50's 318 names are found."""
+    places = [(known.method, prefix) for known in CHECKPOINTS.values() for prefix in known.prefixes]
+    counts = {place: sum(place[1] + name in entries for name in _backbone_layout())
+              for place in places}
+    best = max(counts, key=counts.get)
+    if not counts[best]:
+        starts = sorted({key.split(".")[0] for key in entries})
+        raise CheckpointError(f"it holds no ResNet50 backbone under a known prefix; its "
+                              f"{len(entries)} keys begin with {', '.join(starts[:8])}")
+    return best
+
+
+def _take_backbone(
+    entries: Mapping[str, Any], prefix: str,
+) -> tuple[dict[str, _Stored], tuple[str, ...]]:
+    """Return the backbone's entries by ResNet50 name, and a note where counters were filled in.
+
+    Raises:
+        CheckpointError: keys, shapes or dtypes that aren't a ResNet50's; counts what is missing.
+    """
+    layout = _backbone_layout()
+    parts = {name.split(".")[0] for name in layout}
+    own = {key.removeprefix(prefix): value for key, value in entries.items()
+           if key.startswith(prefix) and key[len(prefix):].split(".")[0] in parts}
+    foreign = [name for name in own if name not in layout]
+    missing = [name for name in layout if not isinstance(own.get(name), _Stored)]
+    shapes = [f"{name} is {tuple(own[name].shape)} {own[name].dtype}, a ResNet50's is "
+              f"{tuple(layout[name].shape)} {layout[name].dtype}"
+              for name in layout if name not in missing
+              and (own[name].shape, own[name].dtype) != (tuple(layout[name].shape), layout[name].dtype)]
+    counters = [name for name in layout if name.endswith("num_batches_tracked")]
+    filled = missing == counters and not any(name in own for name in counters)
+    faults = []
+    if foreign:
+        faults.append(f"{len(foreign)} keys that a ResNet50 doesn't have (first: {foreign[0]})")
+    if shapes:
+        faults.append(f"{len(shapes)} tensors of another shape or type (first: {shapes[0]})")
+    if missing and not filled:
+        faults.append(f"{len(missing)} of {len(layout)} tensors missing (first: {missing[0]})")
+    if faults:
+        raise CheckpointError("its backbone is not a whole ResNet50: " + "; ".join(faults))
+    backbone = {name: own[name] for name in layout if name not in missing}
+    users = Counter(entry.record for entry in entries.values() if isinstance(entry, _Stored))
+    for name, entry in backbone.items():
+        if users[entry.record] > 1:
+            raise CheckpointError(f"{name} shares the record {entry.record} with another tensor")
+    return backbone, (("53 num_batches_tracked were absent (old PyTorch) and set to 0",) if filled
+                      else ())
+
+
+def _sort_rest(
+    entries: Mapping[str, Any], prefix: str, known: Checkpoint, allow_extra: tuple[str, ...],
+) -> tuple[dict[str, tuple[int, str]], tuple[str, ...]]:
+    """Sort what isn't backbone into the method's known groups: group -> (count, words).
+
+    Raises:
+        CheckpointError: keys of a group that the method isn't known to have, unless allowed.
+    """
+    parts = {name.split(".")[0] for name in _backbone_layout()}
+    counts: Counter[str] = Counter()
+    unknown: dict[str, None] = {}
+    for key in entries:
+        if key.startswith(prefix) and key[len(prefix):].split(".")[0] in parts:
+            continue
+        options = (*known.groups, *allow_extra)
+        group = next((g for g in options if key == g or g.endswith(".") and key.startswith(g)), None)
+        if group is None:
+            unknown[_group_of(key, (prefix, *known.groups))] = None
+        else:
+            counts[group] += 1
+    if unknown:
+        raise CheckpointError(
+            f"it holds keys that a {known.method} checkpoint isn't known to have: "
+            f"{', '.join(unknown)}. If they may be left out, pass allow_extra="
+            f"{(*allow_extra, *unknown)!r}")
+    groups = {g: (n, known.groups.get(g, "accepted by allow_extra")) for g, n in counts.items()}
+    return groups, tuple(f"{g} was accepted by allow_extra" for g in groups if g not in known.groups)
+
+
+def _group_of(key: str, known: Iterable[str]) -> str:
+    """Return the shortest dotted start of a key that leads into no known group."""
+    parts = key.split(".")
+    for end in range(1, len(parts)):
+        group = ".".join(parts[:end]) + "."
+        if not any(name.startswith(group) for name in known):
+            return group
+    return key
+
+
+def _readme_snippet(
+    method: str, entries: Mapping[str, Any],
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Return missing and unexpected keys as the authors' README snippet reports them, and notes.
+
+    Its renaming (not anchored, on purpose) and its `load_state_dict(strict=False)`, on tensors
+    without memory. Where it raises because the head has another shape, the head is left out.
+    """
+    start = {"BYOL": "online_network.encoder.", "MoCo": "encoder_q."}.get(method, "model.")
+    state = {key.replace(start, ""): torch.empty(value.shape, dtype=value.dtype, device="meta")
+             if isinstance(value, _Stored) else value for key, value in entries.items()}
+    notes = ()
+    if "fc.weight" in state:
+        notes = (f"the authors' snippet raises on this file: its head fc.weight is "
+                 f"{tuple(state['fc.weight'].shape)}, torchvision's is (1000, 2048); the head is "
+                 "left out here",)
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    result = _resnet50().load_state_dict(state, strict=False)
+    return tuple(result.missing_keys), tuple(result.unexpected_keys), notes
+
+
+def _check_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse numbers that no trained network has: NaN, Inf, zero filters, negative variances."""
+    for name, tensor in tensors.items():
+        low, high = (bound.item() for bound in tensor.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            fault = "NaN or Inf"
+        elif tensor.dim() == 4 and low == high == 0:
+            fault = "nothing but zeros"
+        elif name.endswith(("running_var", "num_batches_tracked")) and low < 0:
+            fault = f"a negative value ({low})"
+        else:
+            continue
+        raise CheckpointError(f"{path}: {name} holds {fault}. The file is damaged or its training "
+                              "failed: fetch it again or use another.")
+
+
+def _fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and numbers in name order, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.numpy().reshape(-1).view(np.uint8))
+    return digest.hexdigest()
+
+
+def _changed(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Count tensors that differ from a fresh initialisation.
+
+    BatchNorm is compared with its constants, each convolution's first filter with a draw from
+    torchvision's initial distribution (a whole network of draws takes longer than the loading).
+    """
+    generator = torch.Generator().manual_seed(0)
+    count = 0
+    for name, tensor in tensors.items():
+        if tensor.dim() == 4:
+            fresh = torch.randn(tensor[0].shape, generator=generator) * _fresh_std(tensor)
+            count += not torch.equal(tensor[0], fresh)
+        else:
+            one = name.endswith("running_var") or name.endswith("weight")
+            count += not torch.equal(tensor, torch.full_like(tensor, float(one)))
+    return count
+
+
+# --- Convert: the backbone alone, as safetensors -----------------------------
+
+
+def export_backbone(model: nn.Module, path: str | Path, report: KeyReport) -> Path:
+    """Write a model's backbone, and nothing else, as safetensors with its provenance.
+
+    Args:
+        model: as `load_backbone` returned it.
+        path: where to write (`.safetensors`); replaced at once, never half.
+        report: its report, kept in the file's metadata (`report`, as JSON).
+    Returns:
+        The path.
+    Raises:
+        CheckpointError: the weights are no longer those that the report speaks of.
+    """
+    state = model.state_dict()
+    tensors = {name: state[name].cpu().contiguous() for name in _backbone_layout()}
+    if _fingerprint(tensors) != report.fingerprint:
+        raise CheckpointError("The model's weights are no longer those of the report: export it "
+                              "before it is trained.")
+    return _save_backbone(tensors, Path(path), report)
+
+
+def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyReport) -> Path:
+    metadata = {"format": "pt", "written_by": EXPORT_MARK, "method": report.method,
+                "weights": report.weights, "source": report.path, "source_sha256": report.sha256,
+                "fingerprint": report.fingerprint, "report": json.dumps(dataclasses.asdict(report))}
+    with _atomic(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+    return path
+
+
+EXPORT_MARK = "medssl_utils.export_backbone"
+
+
+def _read_backbone(path: Path) -> tuple[dict[str, torch.Tensor], KeyReport]:
+    """Return tensors and report of a file that `_save_backbone` wrote, mapped, not yet verified."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("written_by") != EXPORT_MARK:
+            raise CheckpointError(f"{path} is a safetensors file that export_backbone didn't write.")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    fields = json.loads(metadata["report"])
+    for name in ("missing_keys", "unexpected_keys", "allow_extra", "notes"):
+        fields[name] = tuple(fields[name])
+    fields["groups"] = {group: tuple(value) for group, value in fields["groups"].items()}
+    return tensors, KeyReport(**fields)
+
+
+def _cache_path(path: Path) -> Path:
+    return path.with_name(path.name + ".backbone.safetensors")
+
+
+def _load_cache(
+    path: Path, allow_extra: tuple[str, ...], cache: bool | str,
+) -> tuple[dict[str, torch.Tensor], KeyReport] | None:
+    """Return the converted backbone of a file, or None where it is absent, outdated or damaged.
+
+    The cache carries its source's time stamp as its own, so touching either outdates it.
+    """
+    cached = _cache_path(path)
+    try:
+        if cached.stat().st_mtime_ns != path.stat().st_mtime_ns:
+            return None
+        tensors, report = _read_backbone(cached)
+        if cache == "verify" and _fingerprint(tensors) != report.fingerprint:
+            return None
+    except Exception:  # an unreadable cache is written anew from the original
+        return None
+    return (tensors, report) if report.allow_extra == allow_extra else None
+
+
+def _write_cache(path: Path, tensors: Mapping[str, torch.Tensor], report: KeyReport) -> None:
+    stamp = path.stat()
+    with contextlib.suppress(OSError):  # a read-only folder: no cache, nothing else is lost
+        cached = _save_backbone(tensors, _cache_path(path), report)
+        os.utime(cached, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+# --- end of checkpoints ---
 
 # =============================================================================
 # Data
@@ -727,13 +1742,20 @@ def _load_medmnist(name: str, data_dir: Path, download: bool, unofficial: bool) 
 
 def _fetch_medmnist(path: Path, url: str, md5: str, download: bool, unofficial: bool) -> list[str]:
     """Make sure that `path` is the official file; return notes for the result."""
-    by_hand = f"Fetch {url} by hand, check its MD5 ({md5}) and save it as {path}."
+    by_hand = f"By hand: fetch {url}, check its MD5 ({md5}) and save it as {path}."
     if not path.exists():
         if not download:
             raise FileNotFoundError(f"{path} is missing and download is off. {by_hand}")
-        _download_md5(url, path, md5, by_hand)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock")):
+                if not path.exists():                                # another process was first
+                    _transfer(url, path, {"md5": md5}, timeout=60, retries=3, quiet=False)
+        except (CheckpointError, OSError) as error:
+            raise OSError(f"{path.name} could not be downloaded: {error}\n{by_hand}") from error
         return []
-    found = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
     if found == md5:
         return []
     if unofficial:
@@ -742,18 +1764,6 @@ def _fetch_medmnist(path: Path, url: str, md5: str, download: bool, unofficial: 
     raise ValueError(
         f"{path} is not the official file: its MD5 is {found}, expected {md5}. Move it away and "
         f"load again to fetch the official one, or pass unofficial=True to use it as it is.")
-
-
-def _download_md5(url: str, path: Path, md5: str, by_hand: str) -> None:
-    """Download `url` to `path`, checked by MD5, tried again if cut short; see pooch."""
-    import pooch
-
-    fetcher = pooch.create(path.parent, base_url="", registry={path.name: f"md5:{md5}"},
-                           urls={path.name: url}, retry_if_failed=3)
-    try:
-        fetcher.fetch(path.name, downloader=pooch.HTTPDownloader(progressbar=True, timeout=30))
-    except (OSError, ValueError) as error:
-        raise OSError(f"{path.name} could not be downloaded: {error}. {by_hand}") from error
 
 
 def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
@@ -1332,7 +2342,12 @@ class FineTuneConfig:
         select_by: validation score that picks the best epoch: "ACC", "AUC" or "loss".
         normalise: "dataset" or "checkpoint": whose mean and std are used.
         subset_rule: "stratified", "authors" or "first", see `label_subset`.
-        precision: "fp32", "tf32", "bf16", or "auto" (bf16 on a CUDA device that has it).
+        precision: "fp32", "tf32", "bf16", or "auto" (bf16 where the device computes in it).
+        class_weights: weigh each class in the loss by the inverse of its share of the images.
+        accumulate: parts that a batch is cut into to save memory. BatchNorm then sees the parts,
+            so this is another experiment than a whole batch.
+        lr_candidates: peak rates of the head to try, the backbone's in proportion; validation
+            picks one. None by default. A fair race between methods gives each the same list.
     """
 
     recipe: str = "recommended"
@@ -1351,6 +2366,9 @@ class FineTuneConfig:
     normalise: str = "checkpoint"
     subset_rule: str = "stratified"
     precision: str = "auto"
+    class_weights: bool = False
+    accumulate: int = 1
+    lr_candidates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _choose(self.recipe, RECIPES, "recipe")
@@ -1361,7 +2379,7 @@ class FineTuneConfig:
         _choose(self.precision, ("auto", "fp32", "tf32", "bf16"), "precision")
         for name in self.augment:
             _choose(name, ("flip_ud", "flip_lr", "affine"), "augment")
-        for name in ("image_size", "epochs", "batch_size", "lr"):
+        for name in ("image_size", "epochs", "batch_size", "lr", "accumulate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
 
@@ -1403,7 +2421,7 @@ class FineTuneConfig:
         """Return a recipe that learns the phantoms from scratch on a CPU in seconds."""
         return cls(
             recipe="demo", image_size=64, epochs=5, batch_size=16, lr=1e-3, backbone_lr=1e-3,
-            freeze_epochs=0, warmup=0.1, augment=(), normalise="dataset", precision="fp32",
+            freeze_epochs=0, warmup=0.1, augment=(), normalise="dataset",
         )
 
     @property
@@ -1531,7 +2549,10 @@ def _precision(config: FineTuneConfig, device: torch.device) -> str:
     """Return the precision that `config` means on `device`."""
     if config.precision != "auto":
         return config.precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
 @contextlib.contextmanager
@@ -1548,11 +2569,23 @@ def _numerics(precision: str, device: torch.device) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
 
-def _loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss(
+    logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Cross-entropy of (N, C) logits; binary, per label, where labels are (N, L) of 0 and 1."""
     if labels.ndim == 2:
-        return F.binary_cross_entropy_with_logits(logits, labels.float())
-    return F.cross_entropy(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), weight)
+    return F.cross_entropy(logits, labels, weight)
+
+
+def _class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
+    """Return (C,) weights inverse to the class counts, 1 on average over the images.
+
+    This is scikit-learn's "balanced". With several labels an image, a label weighs by how rare
+    it is among the labels.
+    """
+    counts = labels.sum(0) if labels.ndim == 2 else labels.bincount(minlength=n_classes)
+    return counts.sum() / (n_classes * counts.clamp_min(1).float())
 
 
 def _probabilities(logits: torch.Tensor, labels_ndim: int) -> np.ndarray:
@@ -1583,19 +2616,21 @@ def train_one_epoch(
     rng = _rng(seed, epoch)
     batches = _batches(len(labels), config.batch_size, rng)
     losses = torch.zeros(len(batches), device=labels.device)
+    weight = _class_weights(labels, model.fc.out_features) if config.class_weights else None
     steps = len(batches) * config.epochs
     for step, batch in enumerate(batches):
         factor = lr_factor(config, epoch * len(batches) + step, steps)
         optimizer.param_groups[0]["lr"] = phase.backbone_lr * factor
         optimizer.param_groups[1]["lr"] = phase.lr * factor
-        index = batch.to(labels.device)
-        x = augment_batch(preprocessing(images[index]), config.augment, rng)  # (B, 3, S, S)
-        with _numerics(_precision(config, labels.device), labels.device):
-            loss = _loss(model(x), labels[index])
         optimizer.zero_grad()
-        loss.backward()
+        for part in batch.chunk(config.accumulate):
+            index = part.to(labels.device)
+            x = augment_batch(preprocessing(images[index]), config.augment, rng)  # (B, 3, S, S)
+            with _numerics(_precision(config, labels.device), labels.device):
+                loss = _loss(model(x), labels[index], weight) * (len(part) / len(batch))
+            loss.backward()
+            losses[step] += loss.detach()  # stays on the device: read once an epoch
         optimizer.step()
-        losses[step] = loss.detach()  # stays on the device: read once an epoch
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     return losses.mean().item(), bad[0] if bad else None, batches[bad[0] if bad else 0]
 
@@ -1677,9 +2712,10 @@ def _settings(
         "label_fraction": label_fraction,
         "seed": seed,
         "n_train": len(subset),
-        "subset_fingerprint": data.train.take(subset).fingerprint,
+        "subset_fingerprint": data.train.take(subset).ids_fingerprint,
         **dataclasses.asdict(config),
         "augment": list(config.augment),
+        "lr_candidates": list(config.lr_candidates),
         "stamp": "DEMO" if demo else "SHORT" if config.short else "",
     }
 
@@ -1717,23 +2753,36 @@ def add_head(model: nn.Module, n_classes: int, seed: int) -> nn.Module:
     return model
 
 
-def _selection_key(config: FineTuneConfig, loss: float, scores: Mapping) -> tuple[float, ...]:
+def _selection_key(
+    config: FineTuneConfig, loss: float, scores: Mapping[str, Any], prefix: str = "",
+) -> tuple[float, ...]:
     """Return what a better epoch has more of; the loss breaks ties of the AUC."""
-    return {"ACC": lambda: (scores["ACC"],), "AUC": lambda: (scores["AUC"], -loss),
-            "loss": lambda: (-loss,)}[config.select_by]()
+    if config.select_by == "loss":
+        return (-loss,)
+    value = scores[prefix + config.select_by]
+    return (value, -loss) if config.select_by == "AUC" else (value,)
 
 
 def _save_resume(path: Path, **state: Any) -> None:
     """Write the resume file; an older one stays intact until the new one is whole."""
-    with _atomic(path) as temporary:
-        torch.save(state, temporary)
+    try:
+        with _atomic(path) as temporary:
+            torch.save(state, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        kept = "The one before it is intact" if path.exists() else "There was none before it"
+        raise TrainingError(f"The resume file of {path.parent.name} could not be written "
+                            f"({error}). {kept}: make room and run again.") from error
 
 
 def _train(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    seed: int, folder: Path, log: Callable[[dict], None],
+    seed: int, resume: Path, log: Callable[[dict], None], save_at: int = 0,
 ) -> tuple[list[dict[str, Any]], int]:
     """Fine-tune `model` in place, from the resume file if there is one; load the best epoch.
+
+    Args:
+        resume: path of the resume file, written at most every RESUME_SECONDS ...
+        save_at: ... and after this many epochs (0: never).
 
     Returns:
         One row per epoch, and the best epoch (from 0).
@@ -1743,7 +2792,6 @@ def _train(
     images, labels = (torch.as_tensor(a).to(device) for a in (train.images, train.labels))
     optimizer = make_optimizer(model, config)
     history, best, best_key, start = [], {}, None, 0
-    resume = folder / "last.pt"
     if resume.exists():
         state = torch.load(resume, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -1757,11 +2805,12 @@ def _train(
             model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed)
         if bad is not None:
             if best:
-                _save_weights(folder / "best.safetensors", best)
+                _save_weights(resume.with_name("best.safetensors"), best)
             raise TrainingError(
                 f"The loss is not finite at epoch {epoch}, step {bad}, on images "
-                f"{', '.join(train.ids[batch.numpy()])}. The best weights so far are kept in "
-                f"{folder.name}. Check these images, or lower lr (now {config.lr:g}).")
+                f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs are "
+                f"kept in {resume.parent.name}. Check these images, or lower lr "
+                f"(now {config.lr:g}).")
         val_loss, scores, _ = evaluate(model, val, prep, precision=precision)
         history.append({"epoch": epoch, "train_loss": loss, "val_loss": val_loss,
                         **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
@@ -1773,14 +2822,37 @@ def _train(
         if best_key is None or key > tuple(best_key):
             best_key = key
             best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        if time.monotonic() - saved > RESUME_SECONDS and epoch + 1 < config.epochs:
+        if time.monotonic() - saved > RESUME_SECONDS or epoch + 1 == save_at:
             _save_resume(resume, model=model.state_dict(), optimizer=optimizer.state_dict(),
                          history=history, best=best, best_key=best_key)
             saved = time.monotonic()
     model.load_state_dict(best)
-    keys = [_selection_key(config, r["val_loss"], {"ACC": r["val_ACC"], "AUC": r["val_AUC"]})
-            for r in history]
+    keys = [_selection_key(config, row["val_loss"], row, "val_") for row in history]
     return history, keys.index(max(keys))
+
+
+def _race(
+    model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
+    seed: int, folder: Path, log: Callable[[dict], None],
+) -> tuple[list[dict[str, Any]], int]:
+    """Train once with each of `config.lr_candidates` and load the best into `model`.
+
+    Validation alone decides. The history holds every epoch of every rate.
+    """
+    start = copy.deepcopy(model.state_dict())
+    history, best_key, best_row, best = [], None, 0, start
+    for rate in config.lr_candidates:
+        model.load_state_dict(start)
+        tried = dataclasses.replace(
+            config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr, lr_candidates=())
+        rows, row = _train(model, train, val, tried, prep, seed, folder / f"last_{rate:g}.pt",
+                           log, save_at=config.epochs)
+        key = _selection_key(config, rows[row]["val_loss"], rows[row], "val_")
+        if best_key is None or key > best_key:
+            best_key, best_row, best = key, len(history) + row, copy.deepcopy(model.state_dict())
+        history += [{"lr_candidate": rate, **r} for r in rows]
+    model.load_state_dict(best)
+    return history, best_row
 
 
 def _fit_linear(
@@ -1929,17 +3001,20 @@ def fine_tune(
     config = config or FineTuneConfig()
     where = pick_device(device)
     _check_trainable(config, data, report)
+    checks = check_splits(data)
+    checks.raise_for_errors()
     subset = label_subset(data.train.labels, label_fraction, seed=seed,
                           groups=data.train.groups, rule=config.subset_rule)
     settings = _settings(report, data, config, subset, label_fraction, seed)
     folder = Path(runs_dir) / study / run_name(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    with _sole_writer(folder):
+    with _sole_writer(folder), _explained(folder, config):
         if (folder / "metrics.json").exists():
             return dataclasses.replace(load_run(folder), found=True)
         for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
             leftover.unlink()
-        _write_json(folder / "config.json", {**settings, "environment": _environment(where)})
+        _write_json(folder / "config.json", {
+            **settings, "warnings": list(checks.warnings), "environment": _environment(where)})
         began = time.perf_counter()
         net = add_head(model, len(data.class_names), seed)
         net = net.to(where, memory_format=torch.channels_last)
@@ -1947,8 +3022,11 @@ def fine_tune(
         log = _log_epoch if progress else (lambda row: None)
         if config.recipe == "linear":
             history, best = _fit_linear(net, train, data.val, config, prep, log)
+        elif config.lr_candidates:
+            history, best = _race(net, train, data.val, config, prep, seed, folder, log)
         else:
-            history, best = _train(net, train, data.val, config, prep, seed, folder, log)
+            history, best = _train(net, train, data.val, config, prep, seed, folder / "last.pt",
+                                   log)
         trained = time.perf_counter()
         results = {part: evaluate(net, getattr(data, part), prep) for part in ("val", "test")}
         if keep_best:
@@ -1957,17 +3035,39 @@ def fine_tune(
         _write_predictions(folder / "predictions.npz", data, results)
         _write_json(folder / "metrics.json", {
             **results["test"][1], "loss": results["test"][0], "n_test": len(data.test),
+            "lr": history[best].get("lr_candidate", config.lr),
             "val": results["val"][1], "best_epoch": best, "train_seconds": trained - began,
             "seconds": time.perf_counter() - began, "mean": prep.mean, "std": prep.std,
         })
-        (folder / "last.pt").unlink(missing_ok=True)
+        for resume in folder.glob("last*.pt"):
+            resume.unlink()
     return load_run(folder)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
+    """Say what is kept when a run is interrupted, and what to lower when memory runs out."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "goes on from its last saved epoch" if any(folder.glob("last*.pt")) else \
+            "starts again (nothing was saved in its first minute)"
+        print(f"\nInterrupted. Ask for the same run again and {folder.name} {kept}.", flush=True)
+        raise
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        raise TrainingError(
+            f"Out of memory with batch_size {config.batch_size} at {config.image_size} pixels. "
+            "Lower batch_size or image_size, or set accumulate=2: two half batches a step, which "
+            "is another experiment, because BatchNorm sees half batches.") from error
 
 
 def _log_epoch(row: Mapping[str, Any]) -> None:
     """Print one epoch as one line."""
-    parts = [f"{k} {v:.3g}" for k, v in row.items() if k != "epoch" and v is not None]
-    print(f"epoch {row['epoch']:>3}: " + ", ".join(parts), flush=True)
+    shown = ("C", "train_loss", "val_loss", "val_AUC", "val_ACC")
+    parts = [f"{k} {row[k]:.3g}" for k in shown if row.get(k) is not None]
+    print(f"epoch {row['epoch']:>3}: {', '.join(parts)} ({row['seconds']:.1f} s)", flush=True)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -2296,6 +3396,8 @@ def plot_images(
 def plot_history(run: Run) -> Figure:
     """Draw a run's losses and validation scores over its epochs, the chosen epoch marked."""
     rows, config = run.history, run.config
+    if "lr_candidate" in rows:
+        rows = rows[rows["lr_candidate"] == run.metrics["lr"]]
     x, unit = ("C", "inverse L2 strength C") if "C" in rows else ("epoch", "epoch")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for name, label, style in (("train_loss", "training", "--"), ("val_loss", "validation", "-")):
@@ -2307,6 +3409,8 @@ def plot_history(run: Run) -> Figure:
     for axis, text in ((left, "cross-entropy"), (right, "score")):
         axis.axvline(rows[x][run.metrics["best_epoch"]], color="0.6", lw=1, label="chosen")
         axis.set(xlabel=unit, ylabel=text, xscale="log" if x == "C" else "linear")
+        if x == "epoch":
+            axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
     right.set_ylim(0, 1.02)
     figure.suptitle(_titled(f"{config['method']} on {config['dataset']}", run.stamp), fontsize=10)
@@ -2368,10 +3472,136 @@ def _titled(text: str, stamp: str) -> str:
 # Demo
 # =============================================================================
 
+# --- stand-ins ---
+
+STAND_IN_MARK = "medssl_stand_in"  # a key of the wrapper that no published file has
+
+
+def write_demo_checkpoint(
+    method: str, folder: str | Path, *, seed: int = 0, variant: str = "published",
+) -> Path:
+    """Write a stand-in: a checkpoint with random weights in the layout of a method's file.
+
+    Names, dtypes, wrapper keys and backbone shapes are those of a file that the authors' code
+    writes; auxiliary tensors are small. A mark in the wrapper keeps it from passing as published.
+
+    Args:
+        method: BYOL, SwAV, MoCo or SparK.
+        folder: where to write; the file gets the name of the published one.
+        seed: of the random numbers, which differ between methods anyway.
+        variant: "published"; for MoCo also "mlp head" and "no head"; for SparK
+            "still pre-training". ("published" MoCo has the one-layer head of the authors' README.)
+    Returns:
+        The path.
+    """
+    _choose(method, METHODS, "method")
+    variants = {"MoCo": ("published", "mlp head", "no head"),
+                "SparK": ("published", "still pre-training")}
+    _choose(variant, variants.get(method, ("published",)), f"variant of {method}")
+    generator = torch.Generator().manual_seed(1000 * METHODS.index(method) + seed)
+    backbone = _demo_backbone(generator)
+    state = {"BYOL": _demo_byol, "SwAV": _demo_swav, "MoCo": _demo_moco, "SparK": _demo_spark}[
+        method](backbone, variant)
+    if method == "SparK":
+        wrapper = {"arch": "resnet50", "module": state, "is_pretrain": True}
+        if variant != "published":
+            wrapper |= {"args": "", "epoch": 1, "performance_desc": "", "optimizer": {}}
+    else:
+        wrapper = {"epoch": 1, "global_step": 1, "pytorch-lightning_version": "1.6.5",
+                   "state_dict": state, "loops": {}, "callbacks": {}, "optimizer_states": [],
+                   "lr_schedulers": [], "hparams_name": "kwargs", "hyper_parameters": {}}
+        if method == "SwAV":
+            wrapper["NativeMixedPrecisionPlugin"] = {}
+    wrapper[STAND_IN_MARK] = f"random weights (seed {seed}) in the layout of a {method} checkpoint"
+    path = Path(folder) / CHECKPOINTS[method].filename
+    with _atomic(path) as temporary:
+        torch.save(wrapper, temporary)
+    return path
+
+
+def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """318 random tensors: He's initialisation, BatchNorm moved a little so that nothing is fresh."""
+    state = {}
+    for name, blank in _backbone_layout().items():
+        if blank.dim() == 4:
+            state[name] = torch.randn(blank.shape, generator=generator) * _fresh_std(blank)
+        elif name.endswith("num_batches_tracked"):
+            state[name] = torch.tensor(1)
+        else:
+            centre = float(name.endswith(("weight", "running_var")))
+            state[name] = centre + 0.05 * torch.rand(blank.shape, generator=generator)
+    return OrderedDict(state)
+
+
+def _named(prefix: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in module.state_dict().items()}
+
+
+def _small(backbone: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """A second encoder's names with one number each."""
+    return {f"{prefix}{name}": value.reshape(-1)[:1].reshape((1,) * value.dim()).clone()
+            for name, value in backbone.items()}
+
+
+def _demo_mlp(bias: bool) -> nn.Module:
+    """Projector of the contrastive methods: linear, BatchNorm, ReLU, linear."""
+    return nn.Sequential(nn.Linear(2, 2, bias=bias), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 2, bias=True))
+
+
+def _demo_byol(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
+    state = OrderedDict()
+    for network in ("online_network.", "target_network."):
+        online = network == "online_network."
+        state |= ({f"{network}encoder.{k}": v for k, v in backbone.items()} if online
+                  else _small(backbone, f"{network}encoder."))
+        for part in ("projector", "predictor"):
+            mlp = _named(f"{network}{part}.model.", _demo_mlp(bias=False))
+            state |= mlp
+    return state
+
+
+def _demo_swav(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
+    return OrderedDict({f"model.{k}": v for k, v in backbone.items()}
+                       | _named("model.projection_head.", _demo_mlp(bias=True))
+                       | _named("model.prototypes.", nn.Linear(2, 2, bias=False)))
+
+
+def _demo_moco(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
+    # fc.weight keeps its real shape: it is what makes the authors' snippet raise
+    head = {"published": nn.Linear(2048, 128), "no head": nn.Identity(),
+            "mlp head": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))}[variant]
+    queues = {name + end: torch.zeros((2, 2) if not end else 1, dtype=torch.int64 if end else None)
+              for name in ("queue", "val_queue") for end in ("", "_ptr")}
+    return OrderedDict(queues | {f"encoder_q.{k}": v for k, v in backbone.items()}
+                       | _named("encoder_q.fc.", head)
+                       | _small(backbone, "encoder_k.") | _named("encoder_k.fc.", head))
+
+
+def _demo_spark(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, Any]:
+    if variant == "published":
+        return OrderedDict(backbone)
+    state = {name: torch.zeros(1, 1, 1, 1) for name in ("imn_m", "imn_s", "norm_black")}
+    state |= {f"sparse_encoder.sp_cnn.{k}": v for k, v in backbone.items()}
+    for i in range(5):
+        block = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1), nn.ReLU6(),
+                              nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1))
+        state |= _named(f"dense_decoder.dec.{i}.up_sample.", nn.ConvTranspose2d(1, 1, 4))
+        state |= _named(f"dense_decoder.dec.{i}.conv.", block)
+    state |= _named("dense_decoder.proj.", nn.Conv2d(1, 3, 1))
+    for i in range(4):
+        state |= _named(f"densify_norms.{i}.", nn.BatchNorm2d(1))
+    for i in range(4):
+        state |= _named(f"densify_projs.{i}.", nn.Conv2d(1, 1, 1))
+    state |= {f"mask_tokens.{i}": torch.zeros(1, 1, 1, 1) for i in range(4)}
+    return OrderedDict(state | {"config": {"mask_ratio": 0.6, "hierarchy": 4}})
+
+# --- end of stand-ins ---
+
 
 import os as _os
+import os as _os
 SLICES_PER_PATIENT = int(_os.environ.get("SPP", 2))
-G0, G1, R0, R1, LV = map(float, _os.environ.get("PH", "70,110,0.17,0.24,0.12").split(","))
+G0, G1, R0, R1, LV, N0, N1 = map(float, _os.environ.get("PHX", "60,100,0.12,0.19,0.08,2,4").split(","))
 
 
 def demo_data(
@@ -2422,7 +3652,8 @@ def _phantom_split(seed: int, number: int, n: int, size: int) -> Split:
 
 def _phantom_patient(rng: np.random.Generator) -> dict[str, Any]:
     """Draw what the slices of one patient share; lengths in units of half the image side."""
-    side = rng.choice([-1, 1])
+    patches = [((-1, 1)[(first + i) % 2], rng.uniform(-1.2, 1.7), rng.uniform(0.5, 0.9),
+                rng.uniform(R0, R1)) for first in [rng.integers(2)] for i in range(rng.integers(N0, N1 + 1))]
     return {
         "width": rng.uniform(0.80, 0.93), "height": rng.uniform(0.60, 0.74),
         "fat": rng.uniform(0.03, 0.10), "shift": rng.normal(0, 0.025, 2),
@@ -2430,8 +3661,7 @@ def _phantom_patient(rng: np.random.Generator) -> dict[str, Any]:
         "lung": rng.uniform(30, 60), "tissue": rng.uniform(140, 170), "bone": rng.uniform(225, 255),
         "noise": rng.uniform(4, 9), "z": rng.uniform(-0.6, 0.6), "heart": rng.uniform(0.24, 0.33),
         "hilum": rng.uniform(-0.06, 0.08), "dependent": rng.uniform(5, 40),
-        "lesion_side": side, "lesion_angle": rng.uniform(-2.4, 2.4),
-        "lesion_depth": rng.uniform(0.25, 0.75), "lesion_radius": rng.uniform(R0, R1),
+        "patches": patches,
         "lesion_gain": rng.uniform(G0, G1),
     }
 
@@ -2548,14 +3778,15 @@ def _phantom_vessels(body: Mapping[str, Any], tissue: float, rng: np.random.Gene
 
 def _phantom_lesion(x: np.ndarray, y: np.ndarray, w: float, h: float, body: Mapping[str, Any],
                     number: int, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return what a patch of ground glass adds to a lung: hazy, ragged, largest mid-stack."""
-    angle, depth, side = body["lesion_angle"], body["lesion_depth"], body["lesion_side"]
-    cx = side * 0.50 * w + 0.28 * w * depth * math.cos(angle)
-    cy = 0.55 * h * depth * math.sin(angle)
-    radius = body["lesion_radius"] * (1.0, 1.12, 1.06, 0.9)[number]
-    ragged = 1 + 0.22 * _smooth_noise(rng, size, 0.06)
-    mask = _ellipse(x, y, cx, cy, radius * 1.1, radius * 0.9, 2.0, 0.07) * ragged
-    return body["lesion_gain"] * np.clip(mask, 0, 1.2)
+    """Return what ground glass adds to a lung: hazy, ragged patches under the pleura."""
+    ragged = 1 + 0.25 * _smooth_noise(rng, size, 0.05)
+    haze = np.zeros_like(x)
+    for side, angle, depth, radius in body["patches"]:
+        cx = side * (0.50 + 0.33 * depth * math.cos(angle)) * w
+        cy = 0.66 * h * depth * math.sin(angle)
+        radius = radius * (1.0, 1.12, 1.06, 0.9)[number]
+        haze = np.maximum(haze, _ellipse(x, y, cx, cy, radius * 1.1, radius * 0.9, 2.0, 0.09))
+    return body["lesion_gain"] * np.clip(haze * ragged, 0, 1.25)
 
 
 def _phantom_scanner(image: np.ndarray, y: np.ndarray, body: Mapping[str, Any],

@@ -26,11 +26,14 @@ import requests
 
 DRIVE_HOSTS = ("drive.google.com", "docs.google.com", "drive.usercontent.google.com")
 
-CONFIRM_PAGE = """<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head>
-<body><p class="uc-warning-caption">Google Drive can't scan this file for viruses.</p>
-<form id="download-form" action="https://drive.usercontent.google.com/download" method="get">
-<input type="hidden" name="id" value="{id}"><input type="hidden" name="export" value="download">
-<input type="hidden" name="confirm" value="t"></form></body></html>"""
+# In one line, as Drive sends it: gdown reads the page line by line.
+CONFIRM_PAGE = (
+    "<!DOCTYPE html><html><head><title>Google Drive - Virus scan warning</title></head><body>"
+    '<p class="uc-warning-caption">Google Drive can\'t scan this file for viruses.</p>'
+    '<form id="download-form" action="https://drive.usercontent.google.com/download" method="get">'
+    '<input type="hidden" name="id" value="{id}"><input type="hidden" name="export" '
+    'value="download"><input type="hidden" name="confirm" value="t"></form></body></html>'
+)
 
 QUOTA_PAGE = """<!DOCTYPE html><html><head><title>Google Drive - Quota exceeded</title></head>
 <body><p class="uc-error-caption">Sorry, you can't view or download this file at this time.</p>
@@ -59,8 +62,7 @@ FAULTS = {
     "flip": "one bit of the body is wrong; its size is right",
     "no_range": "ranges are ignored; the first body is cut",
     "wrong_range": "a range that begins one byte late; the first body is cut",
-    "changed": "the first body is cut; from then on it is another file of another size",
-    "changed_same_size": "the same, of the same size",
+    "changed": "the first body is cut; from then on it is `other_body`",
     "changed_unnoticed": "the same, and the answers carry neither ETag nor Last-Modified",
     "slow": "the body takes about two seconds",
 }
@@ -72,16 +74,16 @@ class DriveServer:
     Attributes:
         url: a mirror address of the file.
         requests: (path, Range header or None) of each request, in order.
-        other_body: what the file has become under the `changed` faults.
+        other_body: what the file has become under the `changed` faults (default: the same bytes
+            backwards, so of the same size).
         fault: may be set to None while it runs: the fault is then over.
     """
 
-    def __init__(self, body: bytes, fault: str | None = None):
+    def __init__(self, body: bytes, fault: str | None = None, other_body: bytes = b""):
         if fault not in FAULTS:
             raise ValueError(f"fault {fault!r} is not one of {list(FAULTS)}")
         self.body, self.fault = body, fault
-        shift = 0 if fault in ("changed_same_size", "changed_unnoticed") else 1000
-        self.other_body = bytes(b ^ 0x55 for b in body[: len(body) - shift])
+        self.other_body = other_body or body[::-1]
         self.requests: list[tuple[str, str | None]] = []
         self.bodies_sent = 0
         self.half_sent = threading.Event()  # set when a body is half out
@@ -148,25 +150,21 @@ class _Handler(BaseHTTPRequestHandler):
             elif fault in ("quota", "login"):
                 self._page(QUOTA_PAGE if fault == "quota" else LOGIN_PAGE)
             elif fault == "quota_as_file":
-                self._page(QUOTA_PAGE, type="application/octet-stream", attachment=True)
+                self._page(QUOTA_PAGE, attachment=True)
             elif path == "/uc":
-                self.send_response(303)
-                self.send_header("Location", f"https://{DRIVE_HOSTS[2]}/download?{query}")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+                target = f"https://{DRIVE_HOSTS[2]}/download?{query}"
+                self._head(303, {"Location": target, "Content-Length": "0"})
             elif path == "/download" and "confirm" not in query:
                 self._page(CONFIRM_PAGE.format(id=urllib.parse.parse_qs(query)["id"][0]))
             else:
                 self._file(fault)
 
-    def _page(self, html: str, status: int = 200, type: str = "text/html; charset=utf-8",
-              attachment: bool = False) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", type)
-        self.send_header("Content-Length", str(len(html.encode())))
+    def _page(self, html: str, status: int = 200, attachment: bool = False) -> None:
+        fields = {"Content-Type": "text/html; charset=utf-8"}
         if attachment:
-            self.send_header("Content-Disposition", 'attachment; filename="file.ckpt"')
-        self.end_headers()
+            fields = {"Content-Type": "application/octet-stream",
+                      "Content-Disposition": 'attachment; filename="file.ckpt"'}
+        self._head(status, {**fields, "Content-Length": str(len(html.encode()))})
         self.wfile.write(html.encode())
 
     def _file(self, fault: str | None) -> None:
@@ -176,7 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         changed = str(fault).startswith("changed") and not first
         body, etag = (drive.other_body, '"two"') if changed else (drive.body, '"one"')
         if fault == "flip":
-            body = body[:-100] + bytes([body[-100] ^ 1]) + body[-99:]
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
         start = self._start(etag, fault)
         if start >= len(body):
             self._head(416, {"Content-Range": f"bytes */{len(body)}", "Content-Length": "0"})
@@ -220,9 +219,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(body[:half])
         drive.half_sent.set()
-        once = ("cut", "cut_unknown", "no_range", "wrong_range", "changed", "changed_same_size",
-                "changed_unnoticed")
-        if fault == "cut_always" or (first and fault in once):
+        cut = ("cut", "cut_unknown", "no_range", "wrong_range", "changed", "changed_unnoticed")
+        if fault == "cut_always" or (first and fault in cut):
             return
         if fault == "stall" or (first and fault == "stall_once"):
             drive._closing.wait()

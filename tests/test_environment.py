@@ -40,8 +40,8 @@ def conda_requirements(path: Path) -> list[str]:
 
 def imported_modules() -> set[str]:
     """Top-level names that the module, the notebooks, the tests and the scripts import."""
-    sources = [p.read_text("utf-8") for pattern in
-               ("medssl_utils.py", "tests/*.py", "bench/*.py", ".ci/*.py") for p in ROOT.glob(pattern)]
+    patterns = ("medssl_utils.py", "tests/*.py", "bench/*.py", ".ci/*.py")
+    sources = [p.read_text("utf-8") for pattern in patterns for p in ROOT.glob(pattern)]
     for path in ROOT.glob("notebooks/*.ipynb"):
         cells = nbformat.read(path, as_version=4).cells
         code = "\n".join(c.source for c in cells if c.cell_type == "code")
@@ -85,7 +85,7 @@ def test_a_changed_floor_would_be_noticed(tmp_path):
 
 def test_every_import_is_a_declared_dependency():
     declared = {IMPORT_NAMES.get(n, n) for n in floors(RUNTIME + TEST)}
-    local = {"medssl_utils"} | {p.stem for p in [*ROOT.glob("tests/*.py"), *ROOT.glob("bench/*.py")]}
+    local = {p.stem for pattern in ("*.py", "tests/*.py", "bench/*.py") for p in ROOT.glob(pattern)}
     assert imported_modules() - declared - local - sys.stdlib_module_names == set()
 
 

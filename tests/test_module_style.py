@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,7 @@ FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
 
 # Imported where used: slow to import, or needed by one function only.
 IMPORTED_LATE = ["medmnist", "gdown", "sklearn", "statsmodels", "scipy", "papermill",
-                 "safetensors", "IPython", "ipywidgets"]
+                 "IPython", "ipywidgets"]
 
 LOOK_AROUND_AN_IMPORT = """
 import json, os, random, sys
@@ -85,17 +86,26 @@ def docstring_lines(function: ast.FunctionDef) -> int:
     return first.end_lineno - first.lineno + 1 if has_one else 0
 
 
-def test_no_strict_false_and_no_star_import():
-    calls = [k for n in ast.walk(TREE) if isinstance(n, ast.Call) for k in n.keywords]
-    assert [k.lineno for k in calls if k.arg == "strict" and ast.unparse(k.value) == "False"] == []
+def test_no_star_import():
     imports = [a.name for n in ast.walk(TREE) if isinstance(n, ast.ImportFrom) for a in n.names]
     assert "*" not in imports
+
+
+def test_strict_false_comes_with_a_look_at_both_key_sets():
+    loose = [f for f in FUNCTIONS if "strict=False" in ast.unparse(f)]
+    assert [f.name for f in loose if "missing_keys" not in ast.unparse(f)
+            or "unexpected_keys" not in ast.unparse(f)] == []
+
+
+def test_no_name_is_defined_twice():
+    names = [n.name for n in TREE.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    assert sorted(names) == sorted(set(names))
 
 
 def test_importing_has_no_side_effect_and_loads_nothing_heavy(tmp_path):
     done = subprocess.run([sys.executable, "-B", "-c", LOOK_AROUND_AN_IMPORT], cwd=tmp_path,
                           check=True, capture_output=True, text=True,
-                          env={**__import__("os").environ, "PYTHONPATH": str(PATH.parent)})
+                          env={**os.environ, "PYTHONPATH": str(PATH.parent)})
     found = json.loads(done.stdout)
     assert found["same"]
     assert [m for m in IMPORTED_LATE if m in found["new"]] == []

@@ -205,6 +205,43 @@ def test_a_last_batch_of_one_joins_its_neighbour():
     assert [len(b) for b in medssl._batches(17, 8, medssl._rng(0))] == [8, 9]
 
 
+# --- options -----------------------------------------------------------------------------------
+
+def test_balanced_class_weights_are_scikit_learns():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = np.array([0, 0, 0, 1, 1, 2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    found = medssl._class_weights(torch.as_tensor(labels), 3)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_accumulated_parts_give_the_gradient_of_the_batch_where_batchnorm_is_frozen(toy):
+    """With BatchNorm in evaluation mode, two half batches are the whole batch."""
+    whole = FineTuneConfig(image_size=SIZE, epochs=2, freeze_epochs=2, batch_size=8, augment=(),
+                           precision="fp32")
+    weights = []
+    for config in (whole, dataclasses.replace(whole, accumulate=2)):
+        torch.manual_seed(0)
+        model = TinyNet()
+        medssl.train_one_epoch(
+            model, torch.as_tensor(toy.train.images), torch.as_tensor(toy.train.labels),
+            medssl.make_optimizer(model, config), config,
+            medssl.preprocessing_for(config, toy, "random"), epoch=0, seed=0)
+        weights.append(model.fc.weight)
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_the_rate_is_chosen_on_validation_and_recorded(backbone, toy, tmp_path):
+    config = dataclasses.replace(QUICK, lr_candidates=(1e-6, 1e-2))
+    run = run_quick(backbone, toy, tmp_path, config)
+    assert sorted(run.history["lr_candidate"].unique()) == [1e-6, 1e-2]
+    chosen = run.history.loc[run.metrics["best_epoch"]]
+    assert chosen["val_AUC"] == run.history["val_AUC"].max()
+    assert run.metrics["lr"] == chosen["lr_candidate"]
+    assert not list(run.folder.glob("last*"))
+
+
 # --- the run folder ----------------------------------------------------------------------------
 
 def test_run_folder_holds_what_the_design_names(backbone, toy, tmp_path):
@@ -292,13 +329,80 @@ def test_a_class_missing_from_validation_is_refused_before_training(backbone, to
     assert not list(tmp_path.iterdir())
 
 
-def test_loss_that_is_not_finite_names_epoch_step_and_images(backbone, toy, tmp_path):
+def test_not_finite_pixels_are_refused_before_training(backbone, toy, tmp_path):
     images = toy.train.images.astype(np.float32)
     images[5] = np.nan
     broken = dataclasses.replace(toy, train=dataclasses.replace(toy.train, images=images))
-    with pytest.raises(medssl.TrainingError, match=r"epoch 0, step \d.*a5"):
+    with pytest.raises(ValueError, match="not fit for training"):
         run_quick(backbone, broken, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_loss_that_is_not_finite_names_epoch_step_and_images(
+        backbone, toy, tmp_path, monkeypatch):
+    """An image turns bad in the second epoch; the first epoch's weights are kept."""
+    augment = medssl.augment_batch
+    calls = []
+
+    def spoil(x, names, rng):
+        calls.append(1)
+        return augment(x, names, rng) * (float("nan") if len(calls) == 5 else 1)
+
+    monkeypatch.setattr(medssl, "augment_batch", spoil)
+    with pytest.raises(medssl.TrainingError, match=r"epoch 1, step 1, on images a\d+, a"):
+        run_quick(backbone, toy, tmp_path)
     assert not list(tmp_path.rglob("metrics.json"))
+    kept = load_file(next(tmp_path.rglob("best.safetensors")))
+    assert all(torch.isfinite(v).all() for v in kept.values())
+
+
+def test_full_disk_keeps_the_older_resume_file_and_the_next_run_completes(
+        backbone, toy, tmp_path, monkeypatch):
+    whole, save, calls = run_quick(backbone, toy, tmp_path / "whole"), torch.save, []
+
+    def full(state, path):
+        calls.append(1)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(medssl, "RESUME_SECONDS", 0.0)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(medssl.TrainingError, match="No space left.*The one before it is intact"):
+        run_quick(backbone, toy, tmp_path / "full")
+    names = [p.name for p in (tmp_path / "full").rglob("*") if p.is_file() and p.name != ".lock"]
+    assert sorted(names) == ["config.json", "last.pt"]
+    again = run_quick(backbone, toy, tmp_path / "full")
+    assert np.array_equal(again.predictions["scores"], whole.predictions["scores"])
+
+
+def test_out_of_memory_says_what_to_lower(backbone, toy, tmp_path, monkeypatch):
+    def hungry(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(medssl, "augment_batch", hungry)
+    with pytest.raises(medssl.TrainingError, match="Lower batch_size.*accumulate=2"):
+        run_quick(backbone, toy, tmp_path)
+
+
+def test_interrupt_says_how_to_go_on(backbone, toy, tmp_path, monkeypatch, capsys):
+    epoch, calls = medssl.train_one_epoch, []
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return epoch(*args, **options)
+
+    whole = run_quick(backbone, toy, tmp_path / "whole")
+    monkeypatch.setattr(medssl, "RESUME_SECONDS", 0.0)
+    monkeypatch.setattr(medssl, "train_one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_quick(backbone, toy, tmp_path / "a")
+    assert "goes on from its last saved epoch" in capsys.readouterr().out
+    again = run_quick(backbone, toy, tmp_path / "a")
+    assert np.array_equal(again.predictions["scores"], whole.predictions["scores"])
 
 
 def test_two_processes_never_write_one_folder(backbone, toy, tmp_path):

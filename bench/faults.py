@@ -1,0 +1,381 @@
+"""What happens at each fault of downloading (D) and loading (L): ours, and others beside it.
+
+    make faults                                  all of it, about ten minutes on two cores
+    python bench/faults.py --rows L1 L6          some rows
+    python bench/faults.py --match "zip in a"    the cases whose name holds this
+    python bench/faults.py --summary             the totals alone
+
+Every case runs in a process of its own, forked from this one, with a limit on memory and time.
+A case counts as survived only if
+  - a good outcome is right bit for bit, or the refusal says the right thing,
+  - the refusal is our own kind of error (ours only), and does not advise to switch a protection off,
+  - no code from the file ran, nothing half-written stayed,
+  - the good twin of the same file (or the same download without the fault) works.
+A row is survived if all its cases are. The others are asked the same questions: the snippet of the
+authors' README, plain `torch.load(weights_only=True)`, and for downloads gdown alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+
+torch.set_num_threads(1)  # before any work: a fork must not meet a pool of threads
+
+import drive_faults  # noqa: E402
+import faulty_checkpoints as files  # noqa: E402
+
+import medssl_utils as medssl  # noqa: E402
+
+MEMORY = 1 << 30  # bytes that a case may claim beyond what the process began with
+SECONDS = 60.0  # a case may take
+BAD_ADVICE = re.compile(r"weights_only\W{0,4}(=|to|argument)\W{0,3}.{0,20}False", re.DOTALL)
+
+
+@dataclass
+class Outcome:
+    """What a reader did: "loaded", "refused", or how its process ended."""
+
+    what: str
+    text: str = ""
+    kind: str = ""  # class of the error
+    effect: str = ""  # a trace of code that ran
+    right: bool = False  # the loaded tensors are the expected ones, bit for bit
+    megabytes: int = 0  # claimed beyond the start
+    seconds: float = 0.0
+
+
+@dataclass
+class Result:
+    """One case under one tool: survived or not, and why in a few words."""
+
+    row: str
+    name: str
+    survived: dict[str, bool] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
+
+
+# =============================================================================
+# A process for each case
+# =============================================================================
+
+
+def isolated(work: Callable[[], Outcome], seconds: float = SECONDS) -> Outcome:
+    """Run `work` in a forked process with limits; say how it ended if it does not answer."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_child, args=(work, sender))
+    start = time.perf_counter()
+    process.start()
+    sender.close()
+    try:
+        outcome = receiver.recv() if receiver.poll(seconds) else Outcome("hung", f"{seconds:.0f} s")
+    except EOFError:
+        process.join()
+        outcome = Outcome("died", f"exit status {process.exitcode}")
+    if process.is_alive():
+        process.kill()
+    process.join()
+    outcome.seconds = time.perf_counter() - start
+    return outcome
+
+
+def _child(work: Callable[[], Outcome], sender) -> None:
+    os.setsid()  # a signal that a case sends to its group ends here
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silent, stream)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome = work()
+    outcome.megabytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    sender.send(outcome)
+
+
+# =============================================================================
+# L: files
+# =============================================================================
+
+Tensors = dict[str, torch.Tensor]
+
+
+def read_ours(case: files.Case, path: Path, allow_extra: tuple[str, ...]) -> tuple[Tensors, str]:
+    """`load_backbone`, which keeps a converted copy beside the file only where it is trusted."""
+    model, report = medssl.load_backbone(
+        case.method, path, allow_extra=allow_extra, cache=case.trusted)
+    return model.state_dict(), str(report)
+
+
+def read_snippet(case: files.Case, path: Path, allow_extra: tuple[str, ...]) -> tuple[Tensors, str]:
+    """The snippet of the authors' README in our words; `torch.load` as this torch does it."""
+    model = torchvision.models.resnet50()
+    content = torch.load(path)
+    if "module" in content:
+        content = content["module"]
+    if "state_dict" in content:
+        content = content["state_dict"]
+    removed = {"SparK": "model."}.get(case.method, files.PREFIX[case.method])
+    content = {key.replace(removed, ""): value for key, value in content.items()}
+    return model.state_dict(), str(model.load_state_dict(content, strict=False))
+
+
+def read_plain(case: files.Case, path: Path, allow_extra: tuple[str, ...]) -> tuple[Tensors, str]:
+    """`torch.load(weights_only=True)` on the CPU, the prefix cut where it stands at the start."""
+    model = torchvision.models.resnet50()
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in ("state_dict", "module"):
+        if wrapper in content:
+            content = content[wrapper]
+    prefix = files.PREFIX[case.method]
+    content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return model.state_dict(), str(model.load_state_dict(content, strict=False))
+
+
+def read_unprotected(case: files.Case, path: Path, allow_extra: tuple[str, ...]):
+    """What every reader did before PyTorch 2.6: shows that a harmful file is harmful."""
+    return torch.load(path, map_location="cpu", weights_only=False), ""
+
+
+READERS = {"ours": read_ours, "README snippet": read_snippet, "weights_only": read_plain}
+
+
+def attempt(reader: Callable, case: files.Case, path: Path, allow_extra: tuple[str, ...],
+            folder: Path) -> Outcome:
+    """Read one file with one reader; for the process of the case."""
+    warnings.simplefilter("ignore")
+    try:
+        tensors, text = reader(case, path, allow_extra)
+        outcome = Outcome("loaded", text)
+        outcome.right = reader is not read_unprotected and same(tensors, case.expected())
+    except BaseException as error:  # a file may also try to end the process
+        outcome = Outcome("refused", str(error) or type(error).__name__, type(error).__name__)
+    outcome.effect = files.side_effect(folder)
+    return outcome
+
+
+def same(tensors: Tensors, expected: Tensors) -> bool:
+    """True if each expected tensor is there with the same type, shape and bits."""
+    return all(key in tensors and tensors[key].dtype == value.dtype
+               and torch.equal(tensors[key], value) for key, value in expected.items())
+
+
+@contextlib.contextmanager
+def built(case: files.Case, reader: Callable) -> Iterator[tuple[Path, Path]]:
+    """Build the file of a case in a folder of its own; yield (path, folder), delete both."""
+    folder = Path(tempfile.mkdtemp(prefix="fault-"))
+    try:
+        if case.trusted and reader is read_ours:
+            trust(case, folder)
+        path = case.build(folder)
+        if case.trusted:
+            path = path.replace(folder / medssl.CHECKPOINTS[case.method].filename)
+        yield path, folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def trust(case: files.Case, folder: Path) -> None:
+    """Load the good file as the published one, so that its checksum is recorded."""
+    case.good(folder).replace(folder / medssl.CHECKPOINTS[case.method].filename)
+
+    def work() -> Outcome:
+        medssl.load_backbone(case.method, weights="published", folder=folder, cache=False)
+        return Outcome("loaded")
+
+    outcome = isolated(work)
+    if outcome.what != "loaded":
+        raise RuntimeError(f"the good file of {case.id} could not be recorded: {outcome}")
+
+
+@functools.cache
+def twin_works(reader: Callable, case: files.Case) -> bool:
+    folder = Path(tempfile.mkdtemp(prefix="twin-"))
+    try:
+        path = case.good(folder)
+        outcome = isolated(lambda: attempt(reader, case, path, case.twin_allow_extra, folder))
+        return outcome.what == "loaded" and outcome.right
+    finally:
+        shutil.rmtree(folder)
+
+
+def twin_of(case: files.Case) -> files.Case:
+    """The case that stands for all cases with the same good file (each is tried once)."""
+    key = case.twin, case.method, case.twin_allow_extra
+    return _TWINS.setdefault(key, files.Case(
+        case.row, "twin", case.method, case.build, twin=case.twin,
+        twin_allow_extra=case.twin_allow_extra))
+
+
+_TWINS: dict[tuple, files.Case] = {}
+
+
+def judge(case: files.Case, outcome: Outcome, ours: bool, twin: bool) -> str:
+    """Say what is wrong with an outcome, "" if the case is survived."""
+    if outcome.effect:
+        return f"CODE RAN ({outcome.effect})"
+    if outcome.what in ("hung", "died"):
+        return f"{outcome.what} ({outcome.text})"
+    if outcome.what == "loaded":
+        if not outcome.right:
+            return "ACCEPTED, other weights" if case.must == "loads" else "ACCEPTED"
+        if case.must == "refused":
+            return "ACCEPTED"
+        if ours and not re.search(case.reports, outcome.text, re.I | re.S):
+            return f"loaded without a word of {case.reports}"
+        return "" if twin else "good twin refused"
+    if case.must == "loads":
+        return f"refused: {first_line(outcome)}"
+    if BAD_ADVICE.search(outcome.text):
+        return "refused, advises weights_only=False"
+    if ours and outcome.kind != "CheckpointError":
+        return f"refused by accident: {first_line(outcome)}"
+    if not re.search(case.says, outcome.text, re.I | re.S):
+        return f"refused, says only: {first_line(outcome)}"
+    return "" if twin else "refused, and so is its good twin"
+
+
+def first_line(outcome: Outcome) -> str:
+    return f"{outcome.kind}: {' '.join(outcome.text.split())}"
+
+
+def load_faults(select: Callable[[str, str], bool]) -> Iterator[Result]:
+    """Each file of L1 to L16 under each reader."""
+    for case in files.CASES:
+        if not select(case.row, case.name):
+            continue
+        result = Result(case.row, case.name)
+        for tool, reader in READERS.items():
+            with built(case, reader) as (path, folder):
+                outcome = isolated(
+                    lambda: attempt(reader, case, path, case.allow_extra, folder))
+                outcome.effect = outcome.effect or files.side_effect(folder)
+                wrong = judge(case, outcome, tool == "ours", twin_works(reader, twin_of(case)))
+            good = "loads" if outcome.what == "loaded" else f"refused: {first_line(outcome)}"
+            good = good.replace(f"{folder}/", "").replace("CheckpointError: ", "")
+            result.survived[tool] = not wrong
+            result.words[tool] = (wrong or good).replace(str(folder), "")
+        yield result
+
+
+def harmful_files(select: Callable[[str, str], bool]) -> tuple[int, int]:
+    """(files whose code an unprotected reader runs, files that say so)."""
+    cases = [case for case in files.CASES if case.runs and select(case.row, case.name)]
+    ran = 0
+    for case in cases:
+        with built(case, read_unprotected) as (path, folder):
+            outcome = isolated(lambda: attempt(read_unprotected, case, path, (), folder), 10)
+            ran += bool(outcome.effect or files.side_effect(folder))
+    return ran, len(cases)
+
+
+# =============================================================================
+# D: downloads
+# =============================================================================
+
+
+def download_faults(select: Callable[[str, str], bool]) -> Iterator[Result]:
+    """Each fault of D1 to D13 under `download_checkpoint`, and under gdown alone."""
+    for case in drive_faults.CASES:
+        if not select(case.row, case.name):
+            continue
+        result = Result(case.row, case.name)
+        for tool in drive_faults.TOOLS:
+            folder = Path(tempfile.mkdtemp(prefix="fault-"))
+            try:
+                outcome = isolated(lambda: Outcome("done", *case.run(tool, folder)))
+            finally:
+                shutil.rmtree(folder)
+            wrong = outcome.text if outcome.what == "done" else f"{outcome.what} ({outcome.text})"
+            result.survived[tool] = not wrong
+            result.words[tool] = (wrong or outcome.kind).replace(str(folder), "")
+        yield result
+
+
+# =============================================================================
+# The table
+# =============================================================================
+
+SECTIONS = {"D": download_faults, "L": load_faults}  # later: "X", images
+
+
+def table(results: Iterable[Result]) -> str:
+    """Rows survived and cases survived, for each row and tool, as a markdown table."""
+    results = list(results)
+    tools = list(dict.fromkeys(tool for result in results for tool in result.survived))
+    rows = list(dict.fromkeys(result.row for result in results))
+    lines = [f"| row | {' | '.join(tools)} |", "|---" * (len(tools) + 1) + "|"]
+    for row in rows:
+        of_row = [r for r in results if r.row == row]
+        cells = [f"{sum(r.survived[t] for r in of_row)} of {len(of_row)}" for t in tools]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    cells = [f"**{sum(r.survived[t] for r in results)} of {len(results)}**" for t in tools]
+    lines.append(f"| cases | {' | '.join(cells)} |")
+    whole = [sum(all(r.survived[t] for r in results if r.row == row) for row in rows)
+             for t in tools]
+    cells = [f"**{n} of {len(rows)}**" for n in whole]
+    lines.append(f"| rows, all cases right | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show(result: Result) -> None:
+    print(f"{result.row:4} {result.name}")
+    for tool, words in result.words.items():
+        print(f"     {'ok  ' if result.survived[tool] else 'LOST'} {tool:14} {words[:160]}")
+    sys.stdout.flush()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", nargs="*", default=[], help="such as D L6; default: all")
+    parser.add_argument("--match", default="", help="only cases whose name matches this")
+    parser.add_argument("--summary", action="store_true", help="print the totals alone")
+    options = parser.parse_args(arguments)
+
+    def select(row: str, name: str) -> bool:
+        wanted = not options.rows or row in options.rows or row.rstrip("0123456789") in options.rows
+        return wanted and bool(re.search(options.match, name))
+
+    if not Path("/proc/self/statm").exists():
+        print("The limits on memory need Linux; nothing was run.")
+        return 0
+    files.weights(), files.weights(1)  # built once, shared by all processes
+    lost = 0
+    for letter, section in SECTIONS.items():
+        start, results = time.perf_counter(), []
+        for result in section(select):
+            results.append(result)
+            if not options.summary:
+                show(result)
+        if not results:
+            continue
+        lost += sum(not result.survived["ours"] for result in results)
+        print(f"\n{table(results)}\n({time.perf_counter() - start:.0f} s)")
+        if letter == "L" and any(case.runs and select(case.row, case.name) for case in files.CASES):
+            ran, of = harmful_files(select)
+            print(f"A reader without protection runs the code of {ran} of {of} harmful files.")
+        print()
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

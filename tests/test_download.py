@@ -1,0 +1,464 @@
+"""download_checkpoint against a local server that plays Google Drive (drive_server.py).
+
+Tests are named after the faults D1 to D13 of the list of download faults that the workbook
+promises to survive; the ones after them are about checksums and files that are already there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from drive_server import DriveServer, redirect_drive
+
+import medssl_utils as medssl
+from medssl_utils import CheckpointError, download_checkpoint
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+NAME = medssl.CHECKPOINTS["BYOL"].filename
+
+
+def checkpoint_bytes(seed: int, values: int = 100_000) -> bytes:
+    """A small file in the format of torch.save (400 kB: small for speed)."""
+    buffer = io.BytesIO()
+    noise = torch.randn(values, generator=torch.Generator().manual_seed(seed))
+    torch.save({"state_dict": {"weight": noise}}, buffer)
+    return buffer.getvalue()
+
+
+BODY, OTHER = checkpoint_bytes(0), checkpoint_bytes(1, 90_000)
+SHA = hashlib.sha256(BODY).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@contextlib.contextmanager
+def drive(fault=None, body=BODY):
+    """A server with `fault` in the place of Google Drive."""
+    with DriveServer(body, fault, OTHER) as server, redirect_drive(server):
+        yield server
+
+
+def fetch(folder, **options):
+    """Download the BYOL file; what arrives must be one of the two bodies, whole."""
+    path = download_checkpoint("BYOL", folder, quiet=True, **{"timeout": 5, **options})
+    assert path == Path(folder) / NAME
+    return path.read_bytes()
+
+
+def names(folder):
+    """The files in `folder`, but for the lock."""
+    return sorted(path.name for path in Path(folder).iterdir() if path.suffix != ".lock")
+
+
+def put_partial(folder, **options):
+    """Leave half of BODY in `folder`, as an interrupted call does."""
+    with drive("cut"), pytest.raises(CheckpointError, match="the next call goes on"):
+        fetch(folder, retries=0, **options)
+    assert names(folder) == [NAME + ".origin", NAME + ".part"]
+    assert (folder / f"{NAME}.part").read_bytes() == BODY[: len(BODY) // 2]
+
+
+def test_a_download_follows_drives_page_for_large_files(tmp_path):
+    with drive() as server:
+        assert fetch(tmp_path / "new" / "folder") == BODY
+    assert [path for path, _ in server.requests] == ["/uc", "/download", "/download"]
+    assert names(tmp_path / "new" / "folder") == [NAME]
+
+
+@pytest.mark.parametrize("fault", ["quota", "quota_as_file", "login"])
+def test_D1_a_web_page_with_status_200_is_not_taken_for_the_file(tmp_path, fault):
+    with drive(fault) as server, pytest.raises(CheckpointError, match="a web page, not the file") as e:
+        fetch(tmp_path)
+    assert medssl.CHECKPOINTS["BYOL"].url in str(e.value)  # the manual way
+    assert str(tmp_path / NAME) in str(e.value)
+    assert names(tmp_path) == [] and len(server.requests) == 1
+
+
+def test_D1_the_reason_that_drive_gives_is_passed_on(tmp_path):
+    with drive("quota"), pytest.raises(CheckpointError, match="Too many users have viewed"):
+        fetch(tmp_path)
+
+
+def test_D1_a_web_page_does_not_cost_the_partial_file(tmp_path):
+    put_partial(tmp_path)
+    with drive("quota_as_file"), pytest.raises(CheckpointError, match="a web page"):
+        fetch(tmp_path)
+    with drive() as server:
+        assert fetch(tmp_path) == BODY
+    assert server.requests[-1][1] == f"bytes={len(BODY) // 2}-"
+
+
+def test_D1_a_mirror_may_send_a_web_page_too(tmp_path):
+    with drive("login") as server, pytest.raises(CheckpointError, match="a web page, not the file"):
+        fetch(tmp_path, url=server.url)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", ["403", "404"])
+def test_D2_a_refusal_names_address_and_status_and_is_not_repeated(tmp_path, fault):
+    with drive(fault) as server, pytest.raises(CheckpointError, match=f"status {fault}") as e:
+        fetch(tmp_path)
+    assert f"{medssl.CHECKPOINTS['BYOL'].url} answered" in str(e.value)
+    assert len(server.requests) == 1 and names(tmp_path) == []
+
+
+def test_D3_a_busy_server_is_asked_again(tmp_path):
+    with drive("503") as server:
+        assert fetch(tmp_path) == BODY
+    assert [path for path, _ in server.requests][:3] == ["/uc"] * 3
+
+
+def test_D3_a_server_that_stays_busy_is_named_after_the_last_attempt(tmp_path):
+    with drive("503_always") as server, pytest.raises(CheckpointError, match="status 503"):
+        fetch(tmp_path, retries=1)
+    assert len(server.requests) == 2
+
+
+def test_D4_a_cut_connection_is_taken_up_again_by_itself(tmp_path):
+    with drive("cut") as server:
+        assert fetch(tmp_path, retries=1) == BODY
+    assert server.requests[-1][1] == f"bytes={len(BODY) // 2}-"
+
+
+def test_D4_the_next_call_goes_on_where_the_last_one_was_cut(tmp_path):
+    put_partial(tmp_path)
+    with drive() as server:
+        assert fetch(tmp_path) == BODY
+    assert {asked for _, asked in server.requests} == {f"bytes={len(BODY) // 2}-"}
+    assert names(tmp_path) == [NAME]
+
+
+def test_D5_a_cut_file_of_unknown_length_is_not_taken_for_whole(tmp_path):
+    with drive("cut_unknown"):
+        with pytest.raises(CheckpointError, match="did not say how long"):
+            fetch(tmp_path, retries=0)
+        assert NAME not in names(tmp_path)
+        assert fetch(tmp_path) == BODY
+
+
+def test_D5_a_cut_file_of_unknown_length_is_fetched_again_by_itself(tmp_path):
+    with drive("cut_unknown") as server:
+        assert fetch(tmp_path, retries=1) == BODY
+    assert server.bodies_sent == 2
+
+
+def test_D6_a_server_that_stalls_ends_in_an_error_that_keeps_the_partial(tmp_path):
+    with drive("stall"), pytest.raises(CheckpointError, match="silent.* for 0.3 s"):
+        fetch(tmp_path, timeout=0.3)
+    assert (tmp_path / f"{NAME}.part").read_bytes() == BODY[: len(BODY) // 2]
+    with drive() as server:
+        assert fetch(tmp_path) == BODY
+    assert server.requests[-1][1] == f"bytes={len(BODY) // 2}-"
+
+
+@pytest.mark.parametrize("fault", ["stall_headers", "trickle"])
+def test_D6_a_server_that_says_next_to_nothing_ends_in_an_error(tmp_path, fault):
+    with drive(fault), pytest.raises(CheckpointError, match="silent.* for 0.3 s"):
+        fetch(tmp_path, timeout=0.3)
+    assert NAME not in names(tmp_path)
+
+
+def test_D7_one_wrong_bit_is_noticed_by_the_recorded_checksum(tmp_path):
+    (tmp_path / "checksums.json").write_text(json.dumps({NAME: {"sha256": SHA, "size": len(BODY)}}))
+    with drive("flip"), pytest.raises(CheckpointError, match=f"sha256 is [0-9a-f]{{64}}, expected {SHA}"):
+        fetch(tmp_path)
+    assert names(tmp_path) == [NAME + ".bad", "checksums.json"]
+    with drive():
+        assert fetch(tmp_path) == BODY
+
+
+def test_D7_one_wrong_bit_is_noticed_by_a_checksum_that_is_given(tmp_path):
+    with drive("flip"), pytest.raises(CheckpointError, match=f"expected {SHA}.* set aside as"):
+        fetch(tmp_path, sha256=SHA.upper())
+    assert names(tmp_path) == [NAME + ".bad"]
+
+
+def test_D7_one_wrong_bit_is_noticed_without_any_checksum(tmp_path):
+    with drive("flip"), pytest.raises(CheckpointError, match="record .* is damaged"):
+        fetch(tmp_path)
+    assert names(tmp_path) == [NAME + ".bad"]
+
+
+BAD_FILES = {
+    "a web page": b"<!DOCTYPE html><html>quota</html>",
+    "no file of PyTorch's": b"\x00" * 1000,
+    "empty": b"",
+    "cut": BODY[:-1000],
+    "one bit wrong": BODY[: len(BODY) // 2] + bytes([BODY[len(BODY) // 2] ^ 1])
+    + BODY[len(BODY) // 2 + 1 :],
+}
+
+
+@pytest.mark.parametrize("what", BAD_FILES)
+def test_D8_a_bad_file_in_the_folder_is_set_aside_and_fetched_again(tmp_path, what):
+    (tmp_path / NAME).write_bytes(BAD_FILES[what])
+    with drive(), pytest.warns(UserWarning, match="set aside as .*bad"):
+        assert fetch(tmp_path) == BODY
+    assert (tmp_path / f"{NAME}.bad").read_bytes() == BAD_FILES[what]
+
+
+def test_D8_another_good_file_is_set_aside_where_a_checksum_is_recorded(tmp_path):
+    (tmp_path / NAME).write_bytes(BODY)
+    medssl._record_checksum(tmp_path, tmp_path / NAME)
+    (tmp_path / NAME).write_bytes(OTHER)
+    with drive(), pytest.warns(UserWarning, match=f"expected {SHA}"):
+        assert fetch(tmp_path) == BODY
+
+
+def test_D9_a_server_that_ignores_the_range_is_read_from_the_beginning(tmp_path):
+    with drive("no_range") as server:
+        assert fetch(tmp_path, retries=1) == BODY
+    assert server.requests[-1][1] == f"bytes={len(BODY) // 2}-"  # asked for, and ignored
+
+
+def test_D9_an_answer_with_another_range_is_not_joined(tmp_path):
+    with drive("wrong_range") as server:
+        assert fetch(tmp_path, retries=2) == BODY
+    assert server.requests[-1][1] == "bytes=0-"
+
+
+def test_D10_a_remote_file_that_changed_is_an_error_then_fetched_anew(tmp_path):
+    with drive("changed"):
+        with pytest.raises(CheckpointError, match="changed while it was being fetched"):
+            fetch(tmp_path)
+        assert NAME not in names(tmp_path)
+        assert fetch(tmp_path) == OTHER
+
+
+def test_D10_a_change_between_two_calls_is_noticed(tmp_path):
+    put_partial(tmp_path)
+    with drive(body=OTHER), pytest.raises(CheckpointError, match="changed while"):
+        fetch(tmp_path)
+    with drive(body=OTHER):
+        assert fetch(tmp_path) == OTHER
+
+
+def test_D10_without_validators_nothing_is_resumed(tmp_path):
+    with drive("changed_unnoticed") as server:
+        assert fetch(tmp_path) == OTHER
+    assert server.requests[-1][1] == "bytes=0-"
+
+
+def test_D10_a_partial_file_from_another_address_is_not_joined(tmp_path):
+    put_partial(tmp_path)
+    with DriveServer(OTHER) as mirror:
+        assert fetch(tmp_path, url=mirror.url) == OTHER
+
+
+fork = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
+needs_fork = pytest.mark.skipif(fork is None, reason="needs os.fork")
+
+
+@needs_fork
+def test_D11_after_kill_9_there_is_no_final_name_and_the_next_call_goes_on(tmp_path):
+    with drive("slow") as server:
+        process = fork.Process(target=fetch, args=(tmp_path,))
+        process.start()
+        assert server.half_sent.wait(20)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert names(tmp_path) == [NAME + ".origin", NAME + ".part"]
+        server.fault = None
+        assert fetch(tmp_path) == BODY
+    assert server.requests[-1][1] != "bytes=0-"
+    assert names(tmp_path) == [NAME]
+
+
+def test_D11_killed_before_the_rename_nothing_is_fetched_twice(tmp_path):
+    put_partial(tmp_path)
+    (tmp_path / f"{NAME}.part").write_bytes(BODY)
+    with drive("404") as server:
+        assert fetch(tmp_path) == BODY
+    assert server.requests == []
+
+
+@needs_fork
+def test_D12_two_downloads_at_once_both_end_with_the_right_file(tmp_path):
+    with drive("slow") as server:
+        processes = [fork.Process(target=fetch, args=(tmp_path,)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert (tmp_path / NAME).read_bytes() == BODY
+    assert server.bodies_sent == 1  # the second one waited
+
+
+def test_D13_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with drive(), pytest.raises(CheckpointError, match=r"1,000 bytes free; \d+,\d+ are needed"):
+        fetch(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(resource is None, reason="needs a limit on the size of files")
+def test_D13_a_write_that_fails_is_named_and_leaves_no_final_name(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(BODY) // 2, limits[1]))  # stands for a full disk
+    try:
+        with drive(), pytest.raises(CheckpointError, match="part could not be written: .*large"):
+            fetch(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert NAME not in names(tmp_path)
+    with drive():
+        assert fetch(tmp_path) == BODY
+
+
+@pytest.fixture
+def read_only_folder():
+    """A folder that the process cannot write to; root becomes another user meanwhile."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        os.chmod(parent, 0o755)
+        folder = Path(parent, "checkpoints")
+        folder.mkdir()
+        yield folder
+        folder.chmod(0o755)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Take the right to write to `folder`, from root too."""
+    folder.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@needs_fork
+def test_D13_a_read_only_folder_is_named(read_only_folder):
+    with drive() as server, locked(read_only_folder):
+        with pytest.raises(CheckpointError, match=f"Permission denied.*{read_only_folder}"):
+            fetch(read_only_folder)
+    assert names(read_only_folder) == [] and server.requests == []
+
+
+@needs_fork
+def test_D13_a_good_file_in_a_read_only_folder_is_used(read_only_folder):
+    (read_only_folder / NAME).write_bytes(BODY)
+    with locked(read_only_folder):
+        assert fetch(read_only_folder) == BODY
+
+
+def test_D13_a_file_where_the_folder_should_be_is_named(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    with drive(), pytest.raises(CheckpointError, match="checkpoints is a file; a folder is needed"):
+        fetch(tmp_path / "checkpoints")
+    assert (tmp_path / "checkpoints").read_text() == "a file"
+
+
+def test_D13_a_folder_where_the_file_should_be_is_named(tmp_path):
+    (tmp_path / NAME).mkdir()
+    with drive(), pytest.raises(CheckpointError, match=f"Is a directory.*{NAME}"):
+        fetch(tmp_path)
+
+
+def test_D13_spaces_and_other_scripts_in_the_path_are_fine(tmp_path):
+    with drive("cut"):
+        assert fetch(tmp_path / "my files" / "Prüfpunkte 检查点") == BODY
+
+
+def test_a_good_file_is_used_without_a_request(tmp_path):
+    (tmp_path / NAME).write_bytes(BODY)
+    with drive() as server:
+        assert fetch(tmp_path) == BODY
+    assert server.requests == []
+
+
+def test_a_file_of_the_old_torch_format_is_accepted(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / NAME, _use_new_zipfile_serialization=False)
+    with drive() as server:
+        fetch(tmp_path)
+    assert server.requests == []
+
+
+def test_a_file_that_the_user_has_is_copied(tmp_path):
+    (tmp_path / "mine.ckpt").write_bytes(BODY)
+    with drive() as server:
+        assert fetch(tmp_path / "new", from_file=tmp_path / "mine.ckpt") == BODY
+    assert server.requests == [] and (tmp_path / "mine.ckpt").exists()
+
+
+def test_a_users_file_that_is_a_web_page_is_refused(tmp_path):
+    (tmp_path / "mine.ckpt").write_text("<html>Sign in</html>")
+    with pytest.raises(CheckpointError, match="mine.ckpt: it is a web page"):
+        fetch(tmp_path, from_file=tmp_path / "mine.ckpt")
+    assert NAME not in names(tmp_path)
+
+
+def test_a_users_file_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="mine.ckpt: there is no such file"):
+        fetch(tmp_path, from_file=tmp_path / "mine.ckpt")
+
+
+def test_a_users_file_replaces_another_one_which_is_kept(tmp_path):
+    (tmp_path / "mine.ckpt").write_bytes(OTHER)
+    (tmp_path / NAME).write_bytes(BODY)
+    with pytest.warns(UserWarning, match="set aside"):
+        assert fetch(tmp_path, from_file=tmp_path / "mine.ckpt") == OTHER
+    assert (tmp_path / f"{NAME}.bad").read_bytes() == BODY
+
+
+def test_a_mirror_address_is_used_instead_of_drive(tmp_path):
+    with DriveServer(BODY) as mirror:
+        assert fetch(tmp_path, url=mirror.url) == BODY
+    assert [path for path, _ in mirror.requests] == ["/file"]
+
+
+def test_an_address_that_is_none_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no-address cannot be fetched"):
+        fetch(tmp_path, url="no-address")
+
+
+def test_a_misspelt_method_is_named_with_the_nearest(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'SwAV'"):
+        download_checkpoint("swav", tmp_path)
+
+
+def test_a_checksum_is_recorded_once_and_a_different_one_is_refused(tmp_path):
+    (tmp_path / NAME).write_bytes(BODY)
+    assert medssl._known_checksum(tmp_path, NAME) is None
+    medssl._record_checksum(tmp_path, tmp_path / NAME)
+    medssl._record_checksum(tmp_path, tmp_path / NAME, SHA)
+    assert medssl._known_checksum(tmp_path, NAME) == {"sha256": SHA, "size": len(BODY)}
+    (tmp_path / NAME).write_bytes(OTHER)
+    with pytest.raises(CheckpointError, match=f"expected {SHA}"):
+        medssl._record_checksum(tmp_path, tmp_path / NAME)
+    assert medssl._known_checksum(tmp_path, NAME)["sha256"] == SHA
+
+
+def test_recording_keeps_the_other_entries(tmp_path):
+    for name in ("b.ckpt", "a.ckpt"):
+        (tmp_path / name).write_bytes(name.encode())
+        medssl._record_checksum(tmp_path, tmp_path / name)
+    assert list(json.loads((tmp_path / "checksums.json").read_text())) == ["a.ckpt", "b.ckpt"]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"%s": 3}' % NAME, '{"%s": {"size": 1}}' % NAME])
+def test_a_list_of_checksums_that_cannot_be_read_is_named(tmp_path, text):
+    (tmp_path / "checksums.json").write_text(text)
+    with pytest.raises(CheckpointError, match="checksums.json is not a list of checksums"):
+        fetch(tmp_path)
