@@ -322,7 +322,7 @@ def table(results: Iterable[Result]) -> str:
     """Rows survived and cases survived, for each row and tool, as a markdown table."""
     results = list(results)
     tools = list(dict.fromkeys(tool for result in results for tool in result.survived))
-    rows = list(dict.fromkeys(result.row for result in results))
+    rows = sorted({result.row for result in results}, key=lambda row: int(row[1:]))
     lines = [f"| row | {' | '.join(tools)} |", "|---" * (len(tools) + 1) + "|"]
     for row in rows:
         of_row = [r for r in results if r.row == row]

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import tokenize
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -171,10 +172,11 @@ def workbook(tmp_path_factory):
     """A copy of the notebooks in a folder of their own, with a small finished study beside it."""
     folder = tmp_path_factory.mktemp("workbook")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
-    runs = medssl.run_study(
-        {"method": ["random", "SparK"], "label_fraction": [0.5, 1.0]},
-        notebook=folder / "notebooks" / "03_fine_tune.ipynb",
-        output_dir=folder / "runs" / "workbook" / "notebooks", study="workbook", **TINY)
+    with ProcessPoolExecutor(2) as pool:
+        runs = medssl.run_study(
+            {"method": ["random", "SparK"], "label_fraction": [0.5, 1.0]},
+            notebook=folder / "notebooks" / "03_fine_tune.ipynb", executor=pool,
+            output_dir=folder / "runs" / "workbook" / "notebooks", study="workbook", **TINY)
     assert list(runs["error"]) == [""] * 4
     return folder
 
@@ -212,25 +214,16 @@ def test_05_compares_another_score(workbook):
 BAD = {
     "method": ("Spark2", "Did you mean 'SparK'"),
     "dataset": ("phantoms", "Did you mean 'phantom'"),
-    "recipe": ("papre", "Did you mean 'paper'"),
-    "weights": ("real", "published"),
+    "label_fraction": (2.0, "label_fraction"),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
-def test_03_refuses_a_misspelt_choice_and_leaves_no_run(name, workbook, tmp_path):
+def test_03_refuses_a_bad_value_and_leaves_no_run(name, workbook, tmp_path):
     value, message = BAD[name]
     with pytest.raises(papermill.PapermillExecutionError, match=message):
         run_with(workbook, "03_fine_tune", **{**TINY, name: value, "runs_dir": str(tmp_path)})
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fraction", [0.0, 2.0])
-def test_03_refuses_a_label_fraction_outside_0_to_1(fraction, workbook, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match="label_fraction"):
-        run_with(workbook, "03_fine_tune", label_fraction=fraction, runs_dir=str(tmp_path), **TINY)
     assert list(tmp_path.iterdir()) == []
 
 
