@@ -33,6 +33,7 @@ import random
 import re
 import shutil
 import struct
+import sys
 import tempfile
 import time
 import warnings
@@ -57,8 +58,6 @@ from filelock import FileLock, Timeout
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -74,9 +73,9 @@ __all__ = [
     "train_one_epoch", "evaluate", "predict", "add_head", "preprocessing_for",
     "describe_environment",
     # Evaluation
-    "score", "pool_by_patient", "bootstrap_interval",
+    "score", "choose_threshold", "pool_by_patient", "bootstrap_interval",
     # Results
-    "load_runs", "compare_methods",
+    "load_runs", "compare_methods", "describe_comparison",
     # Study
     "run_study",
     # Figures
@@ -207,7 +206,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "val_queue": "queue of negative keys for validation",
             "val_queue_ptr": "position in the validation queue",
         },
-        (330, 324, 322), "encoder_k layers",  # heads fc.0 + fc.2, fc, none
+        (330, 322), "encoder_k layers",  # with the MLP head, without a head
         LIDC_MEAN, LIDC_STD,
     ),
     "SparK": Checkpoint(
@@ -318,55 +317,60 @@ def _known_checksum(folder: str | Path, filename: str) -> dict[str, Any] | None:
 def _record_checksum(folder: str | Path, path: str | Path, sha256: str | None = None) -> None:
     """Write SHA-256 and size of `path` into `folder`/checksums.json: trust on first use.
 
+    A folder that cannot be written to only gives a warning: its files can still be used.
+
     Raises:
         CheckpointError: another checksum is recorded for that file name.
     """
     path, listing = Path(path), Path(folder) / "checksums.json"
     entry = {"sha256": sha256 or _sha256(path), "size": path.stat().st_size}
-    with FileLock(listing.with_name(".checksums.json.lock")):
-        known = _known_checksum(folder, path.name)
-        if known and known != entry:
-            raise CheckpointError(
-                f"{path}: its sha256 is {entry['sha256']}, expected {known['sha256']} as recorded "
-                f"in {listing}. Fetch the file again, or, if the published file was replaced, "
-                "delete that entry."
-            )
-        if not known:
-            others = json.loads(listing.read_text()) if listing.exists() else {}
-            with _atomic(listing) as temporary:
+    try:
+        with FileLock(listing.with_name(".checksums.json.lock")):
+            known = _known_checksum(folder, path.name)
+            if known and known != entry:
+                raise CheckpointError(
+                    f"{path}: its sha256 is {entry['sha256']}, expected {known['sha256']} as "
+                    f"recorded in {listing}. Fetch the file again, or, if the published file was "
+                    "replaced, delete that entry."
+                )
+            if not known:
+                others = json.loads(listing.read_text()) if listing.exists() else {}
                 text = json.dumps({**others, path.name: entry}, indent=2, sort_keys=True)
-                temporary.write_text(text + "\n")
+                with _atomic(listing) as temporary:
+                    temporary.write_text(text + "\n")
+    except OSError as error:
+        warnings.warn(f"The checksum of {path} could not be recorded ({error}): a later change "
+                      "of the file will go unnoticed.", stacklevel=2)
 
 
 def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
-    """Say what is wrong with a file, or None. Without a checksum: did PyTorch write it whole?"""
+    """Say what is wrong with a file, or None.
+
+    Args:
+        expected: {"sha256": ...} or {"md5": ...}. Without it, the file must be one that PyTorch
+            wrote, each record matching its CRC (the format before 1.6 has none to match).
+    """
     if not path.exists():
         return "there is no such file"
     with open(path, "rb") as file:
-        head = file.read(512)
-    if _is_page(head):
-        return "it is a web page, not the file"
-    if expected:
-        kind = "md5" if "md5" in expected else "sha256"  # MedMNIST's catalogue has MD5
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, kind).hexdigest()
-        right = found == expected[kind]
-        return None if right else f"its {kind} is {found}, expected {expected[kind]}"
-    if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."):  # torch < 1.6, has no CRC
-        return None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(record.compress_type for record in archive.infolist()):
-                return "it is a compressed zip, which PyTorch does not write"
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
-        return f"it is not a whole PyTorch file ({error}; it begins with {head[:8]!r})"
-    return damaged and f"its record {damaged} is damaged (CRC)"
-
-
-def _is_page(head: bytes) -> bool:
-    """Say whether a file begins like HTML or XML: what Drive sends for a quota or a login."""
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+        kind = _what(file)
+        file.seek(0)
+        if expected:
+            name = "sha256" if "sha256" in expected else "md5"
+            found = hashlib.file_digest(file, name).hexdigest()
+            if found == expected[name]:
+                return None
+            problem = f"its {name} is {found}, expected {expected[name]}"
+            return problem if kind in ("zip", "legacy") else f"it is {kind}; {problem}"
+        if kind not in ("zip", "legacy"):
+            return f"it is {kind}"
+        try:
+            scratch = np.empty(1 << 20, np.uint8)
+            for record, place in _zip_records(file).items() if kind == "zip" else ():
+                _read_record(file, record, place, scratch)
+        except CheckpointError as error:
+            return str(error)
+    return None
 
 
 def _set_aside(path: Path, problem: str) -> str:
@@ -403,8 +407,9 @@ def _transfer(
 
 def _kept(part: Path) -> str:
     """Say what an interrupted transfer left."""
-    size = part.stat().st_size if part.exists() else 0
-    return f"{size:,} bytes are kept in {part}; the next call goes on from there."
+    if not part.exists():
+        return "Nothing had arrived."
+    return f"{part.stat().st_size:,} bytes are kept in {part}; the next call goes on from there."
 
 
 def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> int | None:
@@ -415,19 +420,20 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> int | None:
     have = part.stat().st_size if same else 0
     if have and have == known["size"]:  # killed between the last byte and the rename
         return have
-    with _network_errors(url, part, timeout), requests.Session() as session:
-        response = _open(session, url, have, known, timeout)
+    with (_network_errors(url, part, timeout), requests.Session() as session,
+          _open(session, url, have, known, timeout) as response):
         chunks = _chunks(response, timeout)
         first = next(chunks, b"")
-        if response.ok and _is_page(first):  # noticed before the partial file is touched
-            raise CheckpointError(f"{url} sent a web page, not the file.")
+        if response.ok and first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+            raise CheckpointError(f"{url} sent a web page, not the file.")  # the part is kept
         start, origin = _origin(response, url)
-        changed = [k for k, v in origin.items() if have and v and known[k] not in (v, None)]
-        if changed or response.status_code == 416:  # 416: it is shorter now
+        changed = [f"{name} was {known[name]}, is {value}" for name, value in origin.items()
+                   if have and value and known[name] not in (value, None)]
+        if changed or response.status_code == 416:  # 416: it has no byte `have`
             part.unlink()
             raise CheckpointError(
-                f"the file at {url} changed while it was being fetched: it was {known}, now it "
-                f"is {origin}. The part of the old one is removed; call again for the new one."
+                f"the file at {url} changed while it was being fetched ({', '.join(changed)}). "
+                "The part of the old one is removed; call again for the new one."
             )
         if start not in (0, have):
             part.unlink()
@@ -474,7 +480,8 @@ def _open(
         headers["If-Range"] = validator
     get = functools.partial(session.get, headers=headers, stream=True, timeout=timeout)
     response = get(url)
-    if response.ok and is_google_drive_url(url) and "Content-Disposition" not in response.headers:
+    is_page = response.headers.get("Content-Type", "").startswith("text/html")
+    if response.ok and is_page and is_google_drive_url(url):
         try:
             response = get(get_url_from_gdrive_confirmation(response.text))
         except FileURLRetrievalError as error:
@@ -529,34 +536,37 @@ def _append(part: Path, chunks: Iterable[bytes], size: int | None, quiet: bool) 
 
 # --- read, match, convert ---
 
-# --- Read: what lies in a file, without running any of it --------------------
+# A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so no
+# unpickler sees it: `_PickleReader` reads its opcodes, which gives names, shapes and places. The
+# match with a ResNet50 is made on those, and only then are bytes read, each with its checksum.
 
-_DTYPES = {  # the storage classes that torch.save names -> the numbers they hold
+_DTYPES = {  # the storage classes that torch.save names
     "torch.FloatStorage": torch.float32, "torch.DoubleStorage": torch.float64,
     "torch.HalfStorage": torch.float16, "torch.BFloat16Storage": torch.bfloat16,
     "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
     "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8,
     "torch.ByteStorage": torch.uint8, "torch.BoolStorage": torch.bool,
+    "torch.ComplexFloatStorage": torch.complex64, "torch.ComplexDoubleStorage": torch.complex128,
 }
-_REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor")
-_REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
-_HARMLESS = re.compile(  # names that training code leaves beside the weights; none is ever looked up
+_REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor",
+            "torch._utils._rebuild_parameter")
+_HARMLESS = re.compile(  # what training code leaves beside the weights; none is ever looked up
     r"""(pytorch_lightning|lightning|lightning_fabric|lightning_utilities|pl_bolts|omegaconf
         |torchmetrics|typing|datetime|torch\.optim|torch\.nn) (\.\w+)+
-    | argparse\.Namespace | functools\.partial | _codecs\.encode | (copyreg|copy_reg)\._reconstructor
+    | argparse\.Namespace | functools\.partial | _codecs\.encode | copy_?reg\._reconstructor
     | pathlib\.(_local\.)?(Pure)?(Posix|Windows)?Path
     | collections\.(OrderedDict|defaultdict|Counter|deque)
-    | (builtins|__builtin__)\.(bool|int|long|float|complex|str|unicode|bytes|bytearray|list|tuple
-        |dict|set|frozenset|slice|range|xrange|object|type|NoneType)
+    | (builtins|__builtin__)\.(bool|int|long|float|complex|str|unicode|bytes|bytearray|list
+        |tuple|dict|set|frozenset|slice|range|xrange|object|type|NoneType|Ellipsis)
     | numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray|bool_?|str_|bytes_
         |u?int\d+|float\d+|dtypes\.\w+)
-    | torch\.(Size|device|dtype|torch_version\.TorchVersion|bool|u?int\d+|b?float\d+|double|half|long)
+    | torch\.(Size|device|dtype|torch_version\.TorchVersion|bool|u?int\d+|b?float\d+)
     """, re.VERBOSE)
-_PUSH_ARGUMENT = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING "
-    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split())
-_PUSH_CONSTANT = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-MAX_PICKLE_BYTES = 4 << 20  # a published file's is under 0.3 MB
+_LITERALS = frozenset(
+    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
+    "BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8".split())
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+MAX_PICKLE_BYTES = 4 << 20  # ten times what a published file needs
 MAX_NAMES = 200
 
 
@@ -580,43 +590,42 @@ class _Stored:
 
 
 class _PickleReader:
-    """Turns a pickle into plain data by reading its opcodes; no unpickler is involved.
+    """Turns a pickle into plain data: dicts with text keys, lists, tuples, numbers, `_Stored`.
 
-    It can build dicts (with text keys), lists, tuples, numbers, text and `_Stored` tensors, and
-    nothing else. Every name is text. A name that has a place in a weight file stands for an empty
-    placeholder, whatever it is called with; any other name is refused.
+    A name that has a place in a weight file stands for an empty dict, whatever it is called
+    with; any other name is refused.
 
     Args:
         claim: called with (storage key, bytes) of each storage; returns its record, or raises.
-        allow_extra: further `module.name`s to take as placeholders.
+        allow_extra: further `module.name`s that may stand for an empty dict.
     """
 
     def __init__(self, claim: Callable[[str, int], str], allow_extra: Sequence[str] = ()):
-        self.claim, self.allowed = claim, set(allow_extra)
-        self.names: set[str] = set()
-        self.refused: dict[str, None] = {}  # in the order in which they were met
+        self.claim, self.allowed = claim, frozenset(allow_extra)
+        self.names: dict[_Name, bool] = {}  # name -> accepted
 
     def read(self, stream: Any) -> Any:
-        """Return the data of one pickle; `stream` is left behind its end.
+        """Return the data of one pickle and leave `stream` behind its end.
 
         Raises:
-            CheckpointError: a refused name, more than 200 names, or a broken pickle.
+            CheckpointError: a refused name, wherever it stands, or a broken pickle.
         """
-        problem = None
+        result = problem = None
         try:
             result = self._run(stream)
-        except Exception as error:  # whatever a broken pickle does to the stack below
+        except Exception as error:  # a broken pickle can do anything to the stack below
             problem = error
-        if self.refused:
-            raise CheckpointError(_refusal(self.refused))
+        if refused := tuple(str(name) for name, accepted in self.names.items() if not accepted):
+            raise CheckpointError(
+                f"it asks for {_few(refused)}, which has no place in a weight file: opened the "
+                "usual way, it could run code. Nothing was run. If you trust its origin, "
+                f"allow_extra={refused!r} takes empty placeholders instead")
         if problem is not None:
-            raise CheckpointError(f"its pickle is damaged ({problem})") from None
+            raise CheckpointError(f"its pickle is damaged ({str(problem)[:200]})")
         return result
 
     def _run(self, stream: Any) -> Any:
-        stack: list[Any] = []
-        marks: list[int] = []
-        memo: dict[int, Any] = {}
+        stack, marks, memo = [], [], {}
 
         def cut(start: int) -> list[Any]:
             items = stack[start:]
@@ -624,102 +633,72 @@ class _PickleReader:
             return items
 
         for opcode, argument, _ in pickletools.genops(stream):
-            op = opcode.name
-            if op in _PUSH_ARGUMENT:
-                stack.append(argument)
-            elif op in _PUSH_CONSTANT:
-                stack.append(_PUSH_CONSTANT[op])
-            elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
-                memo[argument] = stack[-1]
-            elif op == "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            elif op in ("BINGET", "LONG_BINGET", "GET"):
-                stack.append(memo[argument])
-            elif op == "MARK":
-                marks.append(len(stack))
-            elif op in ("TUPLE1", "TUPLE2", "TUPLE3"):
-                stack.append(tuple(cut(len(stack) - int(op[-1]))))
-            elif op == "TUPLE":
-                stack.append(tuple(cut(marks.pop())))
-            elif op in ("EMPTY_LIST", "EMPTY_SET"):
-                stack.append([])
-            elif op in ("LIST", "FROZENSET"):
-                stack.append(cut(marks.pop()))
-            elif op == "EMPTY_DICT":
-                stack.append({})
-            elif op == "DICT":
-                stack.append(_fill({}, cut(marks.pop())))
-            elif op in ("SETITEM", "SETITEMS"):
-                pairs = cut(marks.pop() if op == "SETITEMS" else len(stack) - 2)
-                _fill(stack[-1], pairs)
-            elif op in ("APPEND", "APPENDS", "ADDITEMS"):
-                items = cut(len(stack) - 1 if op == "APPEND" else marks.pop())
-                if isinstance(stack[-1], list):
-                    stack[-1].extend(items)
-            elif op == "GLOBAL":
-                stack.append(self._name(*argument.split(" ", 1)))
-            elif op == "STACK_GLOBAL":
-                stack.append(self._name(*cut(len(stack) - 2)))
-            elif op in ("REDUCE", "NEWOBJ"):
-                stack.append(self._call(*cut(len(stack) - 2)))
-            elif op == "NEWOBJ_EX":
-                stack.append(self._call(*cut(len(stack) - 3)[:2]))
-            elif op == "OBJ":
-                name, *arguments = cut(marks.pop())
-                stack.append(self._call(name, arguments))
-            elif op == "INST":
-                name = self._name(*argument.split(" ", 1))
-                stack.append(self._call(name, cut(marks.pop())))
-            elif op in ("BUILD", "POP"):  # BUILD: the state of an object that is never made
-                stack.pop()
-            elif op == "POP_MARK":
-                cut(marks.pop())
-            elif op == "DUP":
-                stack.append(stack[-1])
-            elif op == "BINPERSID":
-                stack.append(self._storage(*stack.pop()))
-            elif op == "STOP":
-                return stack.pop()
-            elif op not in ("PROTO", "FRAME"):
-                raise ValueError(f"opcode {op} has no place in a weight file")
+            match opcode.name:
+                case op if op in _LITERALS:
+                    stack.append(argument)
+                case op if op in _CONSTANTS:
+                    stack.append(_CONSTANTS[op])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST" | "EMPTY_SET":
+                    stack.append([])
+                case "MARK":
+                    marks.append(len(stack))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3" as op:
+                    stack.append(tuple(cut(len(stack) - int(op[-1]))))
+                case "TUPLE" | "FROZENSET":
+                    stack.append(tuple(cut(marks.pop())))
+                case "APPEND" | "APPENDS" | "ADDITEMS" as op:
+                    items = cut(len(stack) - 1 if op == "APPEND" else marks.pop())
+                    if isinstance(stack[-1], list):
+                        stack[-1].extend(items)
+                case "SETITEM" | "SETITEMS" as op:
+                    items = cut(len(stack) - 2 if op == "SETITEM" else marks.pop())
+                    _fill(stack[-1], items)
+                case "GLOBAL" | "INST":
+                    stack.append(self._name(*argument.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    stack.append(self._name(*cut(len(stack) - 2)))
+                case "REDUCE" | "NEWOBJ":
+                    stack.append(_made(*cut(len(stack) - 2)))
+                case "BINPERSID":
+                    stack.append(self._storage(*stack.pop()))
+                case "BUILD" | "POP":  # BUILD: the state of an object that is never made
+                    stack.pop()
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "STOP":
+                    return stack.pop()
+                case op if op not in ("PROTO", "FRAME"):
+                    raise ValueError(f"opcode {op} has no place in a weight file")
 
     def _name(self, module: str, name: str) -> _Name:
-        """Return the name as text; note it for refusal where it has no place in a weight file."""
+        """Note a name, and whether it has a place in a weight file; return it as text."""
+        if not (isinstance(module, str) and isinstance(name, str)):
+            raise ValueError("a name that is no text")
         full = _Name(f"{module}.{name}")
-        self.names.add(full)
+        known = full in _DTYPES or full in _REBUILD or full in self.allowed
+        # no dots: `module` then names a real module, and `name` something that it defines
+        self.names[full] = known or "." not in name and bool(_HARMLESS.fullmatch(full))
         if len(self.names) > MAX_NAMES:
             raise ValueError(f"it holds more than {MAX_NAMES} names")
-        known = full in _DTYPES or full in _REBUILD or full == _REBUILD_PARAMETER
-        plain = "." not in name and _HARMLESS.fullmatch(full)
-        if not (known or plain or full in self.allowed):
-            self.refused[full] = None
         return full
 
-    def _call(self, name: _Name, arguments: Sequence[Any]) -> Any:
-        """Return what `name(*arguments)` stands for: a tensor, a dict, or an empty placeholder."""
-        if not isinstance(name, _Name):
-            raise ValueError(f"it calls {type(name).__name__}")
-        if name in _REBUILD:
-            return _stored(*arguments[:4])
-        if name == _REBUILD_PARAMETER:
-            return arguments[0]
-        if arguments and isinstance(arguments[0], dict):  # Counter({...}), AttributeDict({...})
-            return dict(arguments[0])
-        if name == "collections.OrderedDict" and arguments:  # Python 2 wrote a list of pairs
-            return _fill({}, [part for pair in arguments[0] for part in pair])
-        return {}
-
     def _storage(self, kind: str, name: _Name, key: str, location: str, numel: int, *view: Any):
-        """Return (record, dtype, numel) of the storage that a pickle refers to."""
-        if kind != "storage" or not isinstance(key, str) or view not in ((), (None,)):
-            raise ValueError(f"it refers to {kind!r} where a storage was expected")
+        """Return (record, dtype, elements) of a storage that the pickle refers to."""
+        if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
+            raise ValueError("a reference to something that is no storage")
+        if view not in ((), (None,)):
+            raise ValueError("a storage that is a view of another, as PyTorch < 0.4 wrote")
         dtype = _DTYPES[name]
-        if type(numel) is not int or numel < 0:
-            raise ValueError(f"storage {key} declares {numel!r} elements")
         return self.claim(key, numel * dtype.itemsize), dtype, numel
 
 
-def _fill(target: Any, flat: list[Any]) -> Any:
+def _fill(target: Any, flat: Sequence[Any]) -> Any:
     """Put key, value, key, value ... into a dict. Only text keys are kept: no weight has another.
 
     Raises:
@@ -728,34 +707,56 @@ def _fill(target: Any, flat: list[Any]) -> Any:
     for key, value in zip(flat[::2], flat[1::2], strict=True):
         if isinstance(key, str) and isinstance(target, dict):
             if key in target:
-                raise ValueError(f"the key {key!r} comes twice")
+                raise ValueError(f"the key {key[:80]!r} comes twice")
             target[key] = value
     return target
 
 
+def _made(name: Any, arguments: Sequence[Any]) -> Any:
+    """Return what `name(*arguments)` stands for: a tensor, a dict, or an empty placeholder."""
+    if not isinstance(name, _Name):
+        raise ValueError("a call of something that is no name")
+    if name == "torch._utils._rebuild_parameter":
+        return arguments[0]
+    if name in _REBUILD:
+        if any(arguments[6:]):
+            raise ValueError("a negative view or conjugate of a tensor")
+        return _stored(*arguments[:4])
+    first = arguments[0] if arguments else None
+    if name == "collections.OrderedDict" and isinstance(first, list):  # as Python 2 wrote it
+        return _fill({}, [part for pair in first for part in pair])
+    return dict(first) if isinstance(first, dict) else {}
+
+
 def _stored(storage: tuple, offset: int, shape: tuple, stride: tuple) -> _Stored:
-    """Return a tensor's place after checking that it lies inside its storage, gaps excluded."""
+    """Return a tensor's place after checking that it fills a stretch of its storage once."""
     record, dtype, numel = storage
     numbers = (offset, *shape, *stride)
-    if any(type(n) is not int or n < 0 for n in numbers) or len(shape) != len(stride):
-        raise ValueError(f"a tensor of {record} has offset, shape and stride {numbers}")
-    stored = _Stored(record, dtype, offset, tuple(shape), tuple(stride))
+    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"a tensor of {record} has no valid shape")
     if offset + math.prod(shape) > numel:
-        raise ValueError(f"a tensor of shape {stored.shape} at {offset} leaves {record} ({numel})")
-    blank = torch.empty(0, dtype=dtype, device="meta").as_strided(shape, stride)
-    if not (blank.is_contiguous() or
-            blank.dim() == 4 and blank.is_contiguous(memory_format=torch.channels_last)):
-        raise ValueError(f"a tensor of {record} has shape {stored.shape}, stride {stored.stride}")
-    return stored
+        raise ValueError(f"a tensor of shape {shape} at {offset} reaches out of {record} ({numel})")
+    dense = 1  # the next stride, in whatever order the dimensions lie in memory
+    for step, length in sorted((s, n) for s, n in zip(stride, shape) if n > 1):
+        if step != dense:
+            raise ValueError(f"a tensor of {record} has shape {shape}, but strides {stride}")
+        dense *= length
+    return _Stored(record, dtype, offset, tuple(shape), tuple(stride))
 
 
-def _refusal(names: Iterable[str]) -> str:
-    """Say which pickled names were refused, and what would accept them."""
-    names = tuple(names)
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return (f"it asks for {shown}, which has no place in a weight file: opened the usual way, "
-            "it could run code. Nothing was run. If you trust its origin, allow_extra="
-            f"{names!r} reads it with empty placeholders in place of these")
+def _few(names: Iterable[str], most: int = 8) -> str:
+    """Join some names for an error message."""
+    names = [str(name)[:100] for name in names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
+
+
+@contextlib.contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Let the errors raised within begin with the file's path."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}.") from None
 
 
 @dataclass(frozen=True)
@@ -763,21 +764,22 @@ class _Opened:
     """A checkpoint whose contents are known but not yet read.
 
     Attributes:
-        entries: what lies under the wrapper: name -> `_Stored`, or plain data.
+        entries: what lies under the wrapper: name -> `_Stored`, or other plain data.
         wrapper: the keys that lead there.
-        top: the outermost dictionary.
         records: record -> (first byte, bytes, CRC-32; None where the format has none).
+        stand_in: whether it says that its weights are random.
     """
 
     path: Path
     entries: dict[str, Any]
     wrapper: tuple[str, ...]
-    top: dict[str, Any]
     records: dict[str, tuple[int, int, int | None]]
-    notes: tuple[str, ...]
+    stand_in: bool
 
 
-def load_state_dict(path: str | Path, *, allow_extra: Sequence[str] = ()) -> dict[str, torch.Tensor]:
+def load_state_dict(
+    path: str | Path, *, allow_extra: Sequence[str] = (),
+) -> dict[str, torch.Tensor]:
     """Read all tensors under a checkpoint's wrapper; no code from the file ever runs.
 
     Args:
@@ -788,157 +790,155 @@ def load_state_dict(path: str | Path, *, allow_extra: Sequence[str] = ()) -> dic
     Raises:
         CheckpointError: it isn't a checkpoint, is damaged, or asks for names of no weight file.
     """
-    opened = _open_checkpoint(path, allow_extra)
-    wanted = {k: entry for k, entry in opened.entries.items() if isinstance(entry, _Stored)}
-    return _read_tensors(opened, wanted)
+    with _about(path := Path(path)):
+        opened = _open_checkpoint(path, _as_tuple(allow_extra))
+        return _read_tensors(
+            opened, {k: v for k, v in opened.entries.items() if isinstance(v, _Stored)})
 
 
-def _open_checkpoint(path: str | Path, allow_extra: Sequence[str] = ()) -> _Opened:
+def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
     """Check a file's structure and list what it holds, without reading its tensors."""
-    path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} is no file. Notebook 01 shows how to get the checkpoints.")
-    allow_extra = (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
+        raise CheckpointError("it is a folder, not a file" if path.is_dir() else
+                              "it is a pipe or device, not a file" if path.exists() else
+                              "no such file: notebook 01 shows how to get the checkpoints")
     with open(path, "rb") as file:
         kind = _what(file)
-        try:
-            if kind == "zip":
-                top, records, notes = _open_zip(file, allow_extra)
-            elif kind == "legacy":
-                top, records, notes = _open_legacy(file, allow_extra)
-            else:
-                raise CheckpointError(f"it is {kind}, not a checkpoint that torch.save wrote")
-            entries, wrapper = _unwrap(top)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}.") from None
-    return _Opened(path, entries, wrapper, top, records, notes)
+        if kind not in ("zip", "legacy"):
+            raise CheckpointError(f"it is {kind}, not a checkpoint that torch.save wrote")
+        top, records = (_open_zip if kind == "zip" else _open_legacy)(file, allow_extra)
+    entries, wrapper = _unwrap(top)
+    return _Opened(path, entries, wrapper, records, STAND_IN_MARK in top)
+
+
+_KINDS = {
+    b"PK\x03\x04": "zip", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "legacy",
+    b"PK": "an empty zip archive", b"\x1f\x8b": "a gzip archive (unpack it first)",
+    b"BZh": "a bzip2 archive (unpack it first)", b"\xfd7zXZ": "an xz archive (unpack it first)",
+    b"\x89HDF": "an HDF5 file", b"\x93NUMPY": "a NumPy array", b"\x89PNG": "a PNG image",
+    b"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file)",
+}
 
 
 def _what(file: Any) -> str:
     """Say by its first bytes what a file is: "zip", "legacy", or words for anything else."""
-    head = file.read(512)
-    text = head.lstrip().lower()
-    size = os.fstat(file.fileno()).st_size
-    for start, words in {
-        b"PK\x03\x04": "zip", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "legacy",
-        b"\x1f\x8b": "a gzip archive (unpack it first)", b"BZh": "a bzip2 archive (unpack it first)",
-        b"\xfd7zXZ": "an xz archive (unpack it first)", b"\x89HDF": "an HDF5 file",
-        b"\x89PNG": "a PNG image", b"%PDF": "a PDF document", b"PK": "an empty or split zip archive",
-        b"version https://git-lfs": "a Git LFS pointer (run git lfs pull)",
-    }.items():
+    head, size = file.read(512), os.fstat(file.fileno()).st_size
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    for start, words in _KINDS.items():
         if head.startswith(start):
             return words
     if not head:
         return "empty (0 bytes)"
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        return "a web page (HTML), perhaps a quota or login page"
+    if text.startswith(b"<"):
+        return "a web page (HTML or XML), perhaps one that asks to log in or to wait"
     if head[257:262] == b"ustar":
         return "a tar archive (unpack it first)"
-    if 2 <= int.from_bytes(head[:8], "little") <= size - 8 and head[8:9] == b"{":
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return "a safetensors file"
     if text.startswith((b"{", b"[")):
         return "JSON text"
-    if not head.strip(b"\0"):
-        return f"nothing but zeros at its start ({size:,} bytes)"
-    names = _names_in_pickle(file)
-    if names:
-        return f"a bare Python pickle that asks for {', '.join(names[:8])} (nothing of it was run)"
-    return f"of no known kind ({size:,} bytes, first bytes {head[:8].hex(' ')})"
-
-
-def _names_in_pickle(file: Any) -> list[str]:
-    """List the names that a stream would ask for if it were a bare pickle, whole or broken."""
-    reader = _PickleReader(lambda key, size: key)
     file.seek(0)
+    reader = _PickleReader(lambda key, size: key)
     with contextlib.suppress(CheckpointError):
         reader.read(io.BytesIO(file.read(MAX_PICKLE_BYTES)))
-    return sorted(reader.names)
+    if names := [name for name in reader.names if re.fullmatch(r"[\w.]+", name)]:
+        return f"a bare pickle that asks for {_few(names)} (nothing was run)"
+    return f"of no known kind ({size:,} bytes, the first {head[:8]!r})"
 
 
-def _open_zip(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict, tuple[str, ...]]:
-    """Open what `torch.save` writes since PyTorch 1.6: a zip of a pickle and uncompressed records."""
+def _open_zip(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict]:
+    """Open what torch.save writes since PyTorch 1.6: a pickle and uncompressed records."""
     records = _zip_records(file)
-    pickles = [name for name in records if name.endswith("data.pkl") and name.count("/") == 1]
+    pickles = [record for record in records if record.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise CheckpointError(f"it is a zip archive without one data.pkl, not a checkpoint; it "
-                              f"holds {', '.join(list(records)[:4])} (unpack it first)")
+        raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
+                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
     root = pickles[0].removesuffix("data.pkl")
-    if f"{root}constants.pkl" in records:
-        raise CheckpointError("it is a TorchScript program, not a checkpoint: save its state_dict")
-    if (order := _small_record(file, records, f"{root}byteorder")) not in (b"little", b""):
-        raise CheckpointError(f"its byte order is {order!r}; only 'little' can be read")
-    used = set()
+    if order := _small_record(file, records, f"{root}byteorder").strip(b"little"):
+        raise CheckpointError(f"its byte order is {order!r}; only little-endian can be read")
+    unread = {r for r in records if r.startswith(f"{root}data/")}
+    sizes = {record: size for record, (_, size, _) in records.items()}
 
     def claim(key: str, size: int) -> str:
-        record = f"{root}data/{key}"
-        if record not in records:
-            raise ValueError(f"record {record} is missing")
-        if records[record][1] != size:
-            raise ValueError(f"{record} has {records[record][1]:,} bytes, {size:,} were declared")
-        used.add(record)
+        if sizes[record := f"{root}data/{key}"] != size:
+            raise ValueError(f"{record} has {sizes[record]:,} bytes, {size:,} were declared")
+        unread.discard(record)
         return record
 
-    content = io.BytesIO(_small_record(file, records, pickles[0]))
+    content = io.BytesIO(_small_record(file, records, f"{root}data.pkl"))
     top = _PickleReader(claim, allow_extra).read(content)
-    for record in records:
-        if record.startswith(f"{root}data/") and record not in used:
-            raise CheckpointError(f"it is damaged: {record} belongs to no tensor")
-    return top, records, ()
+    if unread:
+        raise CheckpointError(f"it holds records of no tensor: {_few(sorted(unread), 2)}")
+    return top, records
 
 
 def _zip_records(file: Any) -> dict[str, tuple[int, int, int]]:
-    """List a zip's records: name -> (first byte, bytes, CRC-32), after checking their places."""
-    size = os.fstat(file.fileno()).st_size
+    """List a zip's records after checking their places: name -> (first byte, bytes, CRC-32)."""
     try:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
+        file.seek(-22, os.SEEK_END)
+        mark, count = struct.unpack("<4s6xH10x", file.read())
+        if mark != b"PK\5\6" or count not in (len(infos), 0xFFFF):
+            raise ValueError(f"it has {len(infos)} records, its end says {count}")
     except Exception as error:  # zipfile raises half a dozen kinds on a damaged directory
-        raise CheckpointError(f"its zip directory is damaged or cut off ({error}): "
-                              "fetch the file again") from None
-    records = {}
+        raise CheckpointError(f"its zip directory is damaged or cut off ({error}): fetch it "
+                              "again") from None
+    if any("/code/" in i.filename or i.filename.endswith("/constants.pkl") for i in infos):
+        raise CheckpointError("it is a TorchScript program, not a checkpoint")
+    records, size = {}, os.fstat(file.fileno()).st_size
     for info in infos:
-        if info.filename in records:
-            raise CheckpointError(f"the record {info.filename} comes twice")
+        name = info.filename
+        if name in records:
+            raise CheckpointError(f"it holds the record {name} twice")
         if info.compress_type or info.flag_bits & 1 or info.file_size != info.compress_size:
-            raise CheckpointError(f"the record {info.filename} is compressed or encrypted "
+            raise CheckpointError(f"its record {name} is compressed or encrypted "
                                   f"({info.file_size:,} bytes), which torch.save never does")
-        file.seek(info.header_offset)
+        file.seek(max(info.header_offset, 0))  # negative where bytes before it are gone
         header = file.read(30)
-        if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise CheckpointError(f"the record {info.filename} is not where the directory says")
-        name_size, extra_size = struct.unpack("<HH", header[26:30])
-        if file.read(name_size) != info.orig_filename.encode("utf-8", "replace"):
-            raise CheckpointError(f"the record {info.filename} has another name in its header")
-        first = info.header_offset + 30 + name_size + extra_size
-        if first + info.file_size > size:
-            raise CheckpointError(f"the record {info.filename} reaches beyond the file's end")
-        records[info.filename] = (first, info.file_size, info.CRC)
+        name_bytes, extra_bytes = struct.unpack("<26x2H", header.ljust(30, b"\0"))
+        written = file.read(name_bytes).decode("utf-8", "replace")
+        if header[:4] != b"PK\x03\x04" or written != name:
+            raise CheckpointError(f"its record {name} is not where the zip directory says")
+        records[name] = (file.tell() + extra_bytes, info.file_size, info.CRC)
     if sum(length for _, length, _ in records.values()) > size:
-        raise CheckpointError("its records overlap")
+        raise CheckpointError("its records overlap or reach beyond the end of the file")
     return records
 
 
 def _small_record(file: Any, records: Mapping, name: str) -> bytes:
-    """Return a checked record of at most 4 MB, b"" where there is none."""
+    """Return a record of at most 4 MB after checking its CRC; b"" where there is none."""
     first, size, crc = records.get(name, (0, 0, 0))
     if size > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"the record {name} has {size:,} bytes; at most "
-                              f"{MAX_PICKLE_BYTES:,} are read")
+        raise CheckpointError(f"its record {name} has {size:,} bytes, more than any weight file")
+    data = np.empty(size, np.uint8)
+    _read_record(file, name, (first, size, crc), data)
+    return data.tobytes()
+
+
+def _read_record(
+    file: Any, name: str, place: tuple[int, int, int | None], buffer: np.ndarray,
+) -> None:
+    """Read a record into `buffer` (again and again where that is smaller) and check its CRC."""
+    first, size, expected = place
+    crc = 0
     file.seek(first)
-    data = file.read(size)
-    _check_crc(name, zlib.crc32(data), crc)
-    return data
+    for start in range(0, size, max(len(buffer), 1)):
+        part = buffer[: size - start]
+        if file.readinto(part) != len(part):
+            raise CheckpointError(f"its record {name} is cut off: fetch it again")
+        crc = crc if expected is None else zlib.crc32(part, crc)
+    if expected not in (None, crc):
+        raise CheckpointError(f"its record {name} is damaged (CRC-32 {crc:08x}, {expected:08x} "
+                              "when it was written): fetch it again")
 
 
-def _check_crc(record: str, found: int, expected: int | None) -> None:
-    """Compare a record's checksum with the zip's; legacy files have none."""
-    if expected is not None and found != expected:
-        raise CheckpointError(f"the record {record} is damaged (CRC-32 {found:08x}, the archive "
-                              f"says {expected:08x}): fetch the file again")
-
-
-def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict, tuple[str, ...]]:
-    """Open what `torch.save` wrote before PyTorch 1.6: five pickles, then the numbers."""
+def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict]:
+    """Open what torch.save wrote before PyTorch 1.6: five pickles, then the storages in order."""
     sizes: dict[str, int] = {}
 
     def claim(key: str, size: int) -> str:
@@ -946,23 +946,21 @@ def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict, tupl
             raise ValueError(f"storage {key} is declared with {sizes[key]:,} and {size:,} bytes")
         return key
 
-    reader = _PickleReader(claim, allow_extra)
+    reader, records = _PickleReader(claim, allow_extra), {}
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         _, _, system, top, keys = (reader.read(content) for _ in range(5))
-        if not system.get("little_endian", True):
-            raise CheckpointError("its byte order is big-endian; only little-endian can be read")
-        if sorted(keys) != sorted(sizes):
-            raise CheckpointError("its list of storages is not the one that its tensors name")
-        records: dict[str, tuple[int, int, None]] = {}
+        if not (isinstance(system, dict) and system.get("little_endian") is True):
+            raise CheckpointError("its byte order isn't little-endian, which alone can be read")
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(sizes):
+            raise CheckpointError("it is damaged: its list of storages isn't its tensors' list")
         first = content.tell()
         for key in keys:
             records[key] = (first + 8, sizes[key], None)  # 8 bytes: the number of elements
             first += 8 + sizes[key]
         if first != len(content):
-            raise CheckpointError(f"it has {len(content):,} bytes, its tensors need {first:,}: "
-                                  "cut off or damaged")
-    return top, records, ("legacy format (before PyTorch 1.6): it has no CRC, so damage inside "
-                          "a tensor can't be noticed",)
+            raise CheckpointError(f"it is cut off or damaged: {len(content):,} bytes, its tensors "
+                                  f"need {first:,}")
+    return top, records
 
 
 _WRAPPERS = ("state_dict", "module", "model", "model_state_dict", "checkpoint")
@@ -970,65 +968,32 @@ _WRAPPERS = ("state_dict", "module", "model", "model_state_dict", "checkpoint")
 
 def _unwrap(top: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the dictionary that holds the tensors, and the keys that lead to it."""
-    path: list[str] = []
-    while True:
-        if not isinstance(top, dict):
-            raise CheckpointError(f"it holds no dictionary of tensors, but a {type(top).__name__}")
-        if any(isinstance(value, _Stored) for value in top.values()):
-            return top, tuple(path)
+    path: tuple[str, ...] = ()
+    while isinstance(top, dict) and not any(isinstance(v, _Stored) for v in top.values()):
         inner = [key for key in _WRAPPERS if isinstance(top.get(key), dict)]
-        if len(inner) != 1:
-            raise CheckpointError(f"it holds no tensors under one of {', '.join(_WRAPPERS)}; its "
-                                  f"keys are {', '.join(list(top)[:12]) or 'none'}")
-        path.append(inner[0])
-        top = top[inner[0]]
+        if len(inner) != 1 or len(path) > 3:
+            raise CheckpointError(f"0 of 318 backbone tensors: it has none under one of "
+                                  f"{', '.join(_WRAPPERS)}; its keys are: {_few(top) or 'none'}")
+        path, top = (*path, inner[0]), top[inner[0]]
+    if not isinstance(top, dict):
+        kind = "tensor" if isinstance(top, _Stored) else type(top).__name__
+        raise CheckpointError(f"it holds no dictionary of tensors but a {kind}")
+    return top, path
 
 
 def _read_tensors(opened: _Opened, wanted: Mapping[str, _Stored]) -> dict[str, torch.Tensor]:
-    """Read the wanted tensors and check the CRC of every record, wanted or not, in one pass."""
-    needed = {stored.record for stored in wanted.values()}
-    data: dict[str, torch.Tensor] = {}
+    """Read the wanted tensors; check the CRC of every record, wanted or not, in the same pass."""
+    data = {entry.record: torch.empty(0, dtype=torch.uint8) for entry in wanted.values()}
     scratch = np.empty(1 << 20, np.uint8)
-    try:
-        with open(opened.path, "rb") as file:
-            for record, (first, size, crc) in opened.records.items():
-                file.seek(first)
-                buffer = scratch
-                if record in needed:
-                    data[record] = torch.empty(size, dtype=torch.uint8)
-                    buffer = data[record].numpy()
-                found = _read_checked(file, buffer, size)
-                _check_crc(record, found, crc)
-    except CheckpointError as error:
-        raise CheckpointError(f"{opened.path}: {error}.") from None
-    return {name: stored.view(data[stored.record]) for name, stored in wanted.items()}
+    with open(opened.path, "rb", buffering=0) as file:
+        for record, place in opened.records.items():
+            if record in data:
+                data[record] = torch.empty(place[1], dtype=torch.uint8)
+            _read_record(file, record, place, data[record].numpy() if record in data else scratch)
+    return {name: entry.view(data[entry.record]) for name, entry in wanted.items()}
 
 
-def _read_checked(file: Any, buffer: np.ndarray, size: int) -> int:
-    """Read `size` bytes into `buffer` (again and again where it is smaller); return the CRC-32."""
-    crc = 0
-    for start in range(0, size, max(len(buffer), 1)):
-        part = buffer[: size - start]
-        if file.readinto(part) != len(part):
-            raise CheckpointError("it became shorter while it was read")
-        crc = zlib.crc32(part, crc)
-    return crc
-
-
-# --- Match: is it the backbone of the method that was asked for? -------------
-
-
-@functools.cache
-def _resnet50() -> nn.Module:
-    """torchvision's ResNet50 with its classifier, without memory: names and shapes only."""
-    with torch.device("meta"):
-        return torchvision.models.resnet50()
-
-
-@functools.cache
-def _backbone_layout() -> dict[str, torch.Tensor]:
-    """The 318 entries of a ResNet50 without `fc`: name -> tensor without memory."""
-    return {k: v for k, v in _resnet50().state_dict().items() if not k.startswith("fc.")}
+README_MISSING = ("fc.weight", "fc.bias")
 
 
 @dataclass(frozen=True)
@@ -1039,13 +1004,13 @@ class KeyReport:
         method: BYOL, SwAV, MoCo, SparK, random or ImageNet.
         weights: "stand-in", "published", "file" (a path was given), "random" or "ImageNet".
         path: name of the file, "" for the controls.
+        size, sha256: of that file; 0 and "" for the controls.
         loaded, expected: backbone tensors that were loaded, and that a ResNet50 has.
-        missing_keys, unexpected_keys: what the authors' README snippet reports for this file
-            (its renaming, `strict=False`, torchvision's ResNet50 with `fc`).
-        groups: what was left out: key prefix -> (number of keys, what they are).
         changed: loaded tensors that differ from a fresh initialisation.
-        fingerprint: SHA-256 over names, shapes and numbers of the loaded tensors.
-        sha256: of the file, "" for the controls.
+        missing_keys, unexpected_keys: what the authors' README snippet reports for this file
+            (its renaming, torchvision's ResNet50 with `fc`, differences tolerated).
+        groups: what was left out: key prefix -> (number of keys, what they are).
+        fingerprint: SHA-256 over names, types, shapes and numbers of the loaded tensors.
         allow_extra: what the user accepted beyond the known layout.
         notes: further things to know, one sentence each.
     """
@@ -1053,14 +1018,15 @@ class KeyReport:
     method: str
     weights: str
     path: str = ""
+    size: int = 0
+    sha256: str = ""
     loaded: int = 318
     expected: int = 318
+    changed: int = 0
     missing_keys: tuple[str, ...] = ()
     unexpected_keys: tuple[str, ...] = ()
     groups: Mapping[str, tuple[int, str]] = field(default_factory=dict)
-    changed: int = 0
     fingerprint: str = ""
-    sha256: str = ""
     allow_extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -1071,64 +1037,54 @@ class KeyReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence: what was loaded, and whether the README's expectation was met."""
+        """One sentence: what was loaded, and whether the rest is what the authors expect."""
         text = f"{self.loaded} of {self.expected} backbone tensors loaded"
-        if self.method in CHECKPOINTS:
-            expected = (self.missing_keys == README_MISSING
-                        and len(self.unexpected_keys) in CHECKPOINTS[self.method].snippet_unexpected)
-            text += ("; what was left out is what the authors' README expects" if expected else
-                     "; the keys differ from those in the authors' README, see the notes")
-        return text + (". STAND-IN: random numbers in the published layout." if self.demo else ".")
+        if known := CHECKPOINTS.get(self.method):
+            as_told = (self.missing_keys == README_MISSING and not self.allow_extra
+                       and len(self.unexpected_keys) in known.snippet_unexpected)
+            text += ("; the keys left out are those that the authors' README names" if as_told
+                     else "; the keys left out are not quite the README's, see the notes")
+        return text + ("; STAND-IN: random numbers, no pre-training." if self.demo else ".")
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the report as a table: keys, found, what the authors' README expects, meaning."""
-        rows = [("backbone", f"{self.loaded} of {self.expected}", "", "ResNet50 without fc: loaded")]
-        if self.method in CHECKPOINTS:
-            known = CHECKPOINTS[self.method]
-            rows += [
-                ("missing_keys", ", ".join(self.missing_keys) or "none", ", ".join(README_MISSING),
-                 "the classifier, which was not pre-trained"),
-                ("unexpected_keys", f"{len(self.unexpected_keys)}",
-                 f"{' or '.join(map(str, known.snippet_unexpected))}: {known.readme_unexpected}",
-                 "auxiliary parts, sorted below"),
-            ]
-        rows += [(f"  {group}", f"{count}", "", f"{words}: left out")
-                 for group, (count, words) in self.groups.items()]
+        """Return the report as a table: keys, found, what the README expects, meaning."""
+        rows = [("backbone", f"{self.loaded} of {self.expected}", "", "ResNet50 without fc")]
+        if known := CHECKPOINTS.get(self.method):
+            counts = " or ".join(map(str, known.snippet_unexpected))
+            rows += [("missing_keys", ", ".join(self.missing_keys) or "none",
+                      ", ".join(README_MISSING), "classifier, not pre-trained"),
+                     ("unexpected_keys", str(len(self.unexpected_keys)),
+                      f"{counts}: {known.readme_unexpected}", "left out, by group:")]
+        rows += [(group, str(count), "", words) for group, (count, words) in self.groups.items()]
         return pd.DataFrame(rows, columns=["keys", "found", "README expects", "what it is"])
 
+    def _lines(self) -> tuple[str, list[str]]:
+        """Title, and the lines that stand below the table."""
+        title = " · ".join(filter(None, (self.method, self.weights, self.path)))
+        return title, [*(f"Note: {note}." for note in self.notes),
+                       f"{self.changed} of {self.loaded} tensors differ from a fresh "
+                       f"initialisation; fingerprint {self.fingerprint[:16]}.", self.verdict]
+
     def __str__(self) -> str:
-        lines = [f"{self.method} ({self.weights}{', ' + self.path if self.path else ''})"]
-        lines += self.to_frame().to_string(index=False, header=True, justify="left").splitlines()
-        lines += [f"note: {note}" for note in self.notes]
-        lines += [f"changed from a fresh initialisation: {self.changed} of {self.loaded} tensors",
-                  f"fingerprint: {self.fingerprint[:16]}", self.verdict]
-        return "\n".join(lines)
+        title, lines = self._lines()
+        table = self.to_frame()
+        widths = [max(map(len, [name, *table[name]])) for name in table]
+        rows = ["  ".join(value.ljust(width) for value, width in zip(row, widths)).rstrip()
+                for row in [tuple(table), *table.itertuples(index=False)]]
+        return "\n".join([title, *rows, *lines])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
-        return (f"<b>{self.method}</b> ({html.escape(' '.join((self.weights, self.path)).strip())})"
-                f"{self.to_frame().to_html(index=False)}<ul>{notes}</ul>"
-                f"<p>{self.changed} of {self.loaded} tensors differ from a fresh initialisation; "
-                f"fingerprint <code>{self.fingerprint[:16]}</code>.<br><b>{self.verdict}</b></p>")
+        title, lines = self._lines()
+        return (f"<b>{html.escape(title)}</b>{self.to_frame().to_html(index=False)}"
+                f"<p>{'<br>'.join(map(html.escape, lines))}</p>")
 
     @staticmethod
     def layers(model: nn.Module) -> pd.DataFrame:
-        """Return a model's tensors as a table: name, shape, mean, std, and the std of a fresh one."""
-        rows = []
-        for name, tensor in model.state_dict().items():
-            if tensor.is_floating_point():
-                std = tensor.double().std(correction=0).item() if tensor.numel() else math.nan
-                rows.append((name, tuple(tensor.shape), tensor.double().mean().item(), std,
-                             _fresh_std(tensor)))
+        """Return a model's tensors as a table: shape, mean, std, and the std of a fresh one."""
+        rows = [(name, tuple(tensor.shape), tensor.double().mean().item(),
+                 tensor.double().std(correction=0).item(), _fresh_std(tensor))
+                for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
         return pd.DataFrame(rows, columns=["tensor", "shape", "mean", "std", "fresh std"])
-
-
-README_MISSING = ("fc.weight", "fc.bias")
-
-
-def _fresh_std(weight: torch.Tensor) -> float:
-    """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
-    return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
 
 
 def load_backbone(
@@ -1140,15 +1096,15 @@ def load_backbone(
 
     Args:
         method: one of METHODS or CONTROLS; None recognises the method of the file at `path`.
-        path: a checkpoint to read; else `weights` decides.
+        path: a checkpoint, or what `export_backbone` wrote; else `weights` decides.
         weights: "stand-in" (written on demand, random numbers) or "published" (fetched on demand).
         folder: where checkpoints are kept.
         seed: of the `random` control.
         allow_extra: key groups ("group.") or pickled names that an error named and you accept.
-        cache: keep the backbone as safetensors beside the file, for quick later loads. True trusts
-            it while size and time stamp of both files are unchanged; "verify" hashes it each time.
+        cache: keep the backbone as safetensors beside the file for quick later loads. True trusts
+            it while size and time stamp of both files are unchanged, "verify" hashes it each time.
     Returns:
-        model: torchvision ResNet50, `fc` replaced by Identity, eval mode, on the CPU;
+        model: torchvision ResNet50 with `fc` replaced by Identity, eval mode, on the CPU;
             (N, 3, H, W) images to (N, 2048) features.
         report: the `KeyReport`.
     Raises:
@@ -1156,33 +1112,44 @@ def load_backbone(
     """
     if method is not None:
         _choose(method, (*METHODS, *CONTROLS), "method")
-    allow_extra = (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
-    if method in CONTROLS:
-        if path is not None:
-            raise ValueError(f"method {method!r} takes no file, but path={str(path)!r} was given.")
+    if path is None and method is None:
+        raise ValueError("Give a method, or the path of a file whose method is to be recognised.")
+    if method in CONTROLS and path is None:
         tensors, report = _random_control(seed) if method == "random" else _imagenet_control()
-        return _build(tensors), report
-    path, weights = _locate(method, path, weights, Path(folder))
-    tensors, report = _load_file(method, path, weights, allow_extra, cache)
+    elif path is not None and Path(path).suffix == ".safetensors":
+        tensors, report = _load_exported(method, Path(path))
+    else:
+        file, weights = _locate(method, path, weights, Path(folder))
+        tensors, report = _load_file(method, file, weights, _as_tuple(allow_extra), cache)
     return _build(tensors), report
 
 
-def _locate(method: str | None, path: Any, weights: str, folder: Path) -> tuple[Path, str]:
+def _locate(method: str, path: Any, weights: str, folder: Path) -> tuple[Path, str]:
     """Return the file to read, and what its weights are to be: "file", "stand-in", "published"."""
     if path is not None:
         return Path(path), "file"
-    _choose(weights, ("stand-in", "published"), "weights")
-    if method is None:
-        raise ValueError("Give a method, or the path of a file whose method is to be recognised.")
-    if weights == "published":
+    if _choose(weights, ("stand-in", "published"), "weights") == "published":
         return Path(download_checkpoint(method, folder)), weights
-    path = folder / "stand-in" / CHECKPOINTS[method].filename
-    return (path if path.exists() else write_demo_checkpoint(method, path.parent)), weights
+    file = folder / "stand-in" / CHECKPOINTS[method].filename
+    return (file if file.exists() else write_demo_checkpoint(method, file.parent)), weights
+
+
+@functools.cache
+def _resnet50() -> nn.Module:
+    """torchvision's ResNet50 without memory behind it: names and shapes only."""
+    with torch.device("meta"):
+        return torchvision.models.resnet50()
+
+
+@functools.cache
+def _backbone_layout() -> dict[str, torch.Tensor]:
+    """The 318 entries of a ResNet50 without `fc`: name -> tensor without memory."""
+    return {k: v for k, v in _resnet50().state_dict().items() if not k.startswith("fc.")}
 
 
 def _build(tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """Return a ResNet50 without classifier that holds exactly these 318 tensors."""
-    model = copy.deepcopy(_resnet50())  # names and shapes only: no time spent on random weights
+    model = copy.deepcopy(_resnet50())  # no time is spent on weights that would be overwritten
     model.fc = nn.Identity()
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
@@ -1200,242 +1167,227 @@ def _random_control(seed: int) -> tuple[dict[str, torch.Tensor], KeyReport]:
 
 def _imagenet_control() -> tuple[dict[str, torch.Tensor], KeyReport]:
     """torchvision's IMAGENET1K_V1 weights, from its own cache or download."""
-    weights = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+    name = source.url.rsplit("/", 1)[-1]
     try:
-        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        state = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"The ImageNet weights could not be fetched from {weights.url} ({error}). Fetch that "
-            f"file on a machine with network and put it into {torch.hub.get_dir()}/checkpoints, "
-            "or leave the control ImageNet out.") from None
+            f"The ImageNet weights could not be had from {source.url} ({error}). Put {name} into "
+            f"{torch.hub.get_dir()}/checkpoints by hand, or leave the control ImageNet out."
+        ) from None
     tensors = {name: state[name] for name in _backbone_layout()}
     return tensors, KeyReport(
-        "ImageNet", "ImageNet", path=weights.url.rsplit("/", 1)[-1], changed=_changed(tensors),
-        groups={"fc.": (2, "ImageNet classifier")}, fingerprint=_fingerprint(tensors),
-        notes=("torchvision ResNet50_Weights.IMAGENET1K_V1",))
+        "ImageNet", "ImageNet", name, changed=_changed(tensors), fingerprint=_fingerprint(tensors),
+        groups={"fc.": (2, "ImageNet classifier")}, notes=(f"torchvision {source}",))
 
 
 def _load_file(
     method: str | None, path: Path, weights: str, allow_extra: tuple[str, ...], cache: bool | str,
 ) -> tuple[dict[str, torch.Tensor], KeyReport]:
-    """Return the 318 tensors of a file and their report, from its cache where that is current."""
-    loaded = _load_cache(path, allow_extra, cache) if cache else None
-    if loaded is None:
-        loaded = _load_original(method, path, allow_extra)
-        if cache:
-            _write_cache(path, *loaded)
-    tensors, report = loaded
-    _agree(path, method, report.method)
-    _check_origin(path, weights, report)
-    return tensors, replace(report, weights="stand-in" if report.demo else weights)
+    """Return the 318 tensors of a checkpoint and their report, from its cache where current."""
+    cached = _load_cache(path, allow_extra, cache) if cache else None
+    tensors, report = cached or _load_original(method, path, allow_extra)
+    with _about(path):
+        _agree(method, report.method)
+        _check_origin(path, weights, report)
+    if cache and cached is None:
+        _write_cache(path, tensors, report)
+    return tensors, replace(report, weights=report.weights if report.demo else weights)
 
 
-def _agree(path: Path, asked: str | None, found: str) -> None:
+def _agree(asked: str | None, found: str) -> None:
     """Refuse a file of one method that was asked for as another."""
     if asked not in (None, found):
-        raise CheckpointError(f"{path} is a {found} checkpoint, but method {asked!r} was asked for: "
-                              f"ask for {found!r}, or give the {asked} file.")
+        raise CheckpointError(f"it is a {found} checkpoint, but {asked} was asked for: ask for "
+                              f"{found!r}, or give the {asked} file")
 
 
 def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
-    """Keep stand-in and published apart, and hold a file against its recorded checksum.
+    """Keep stand-in and published files apart, and hold a file against its recorded checksum.
 
-    The first load of a published file that passed every check records its checksum (trust on
-    first use): from then on other bytes under that name are refused.
+    The first load of a published file that passes every check records its checksum.
     """
-    if weights == "published" and report.demo:
-        raise CheckpointError(f"{path} is a stand-in with random weights, not the published file: "
-                              "delete it and fetch the published one (notebook 01).")
-    if weights == "stand-in" and not report.demo:
-        raise CheckpointError(f"{path} does not say that it is a stand-in: move it elsewhere and "
-                              "give its path, and a stand-in will be written here.")
-    known = _known_checksum(path.parent, path.name)
-    if known is not None and known["sha256"] != report.sha256:
+    if weights != "file" and report.demo != (weights == "stand-in"):
         raise CheckpointError(
-            f"{path}: its SHA-256 is {report.sha256}, but checksums.json recorded "
-            f"{known['sha256']} at its first load. These are other bytes under the same name: "
-            "fetch it again, or delete that entry if the published file was replaced.")
-    if known is None and weights == "published":
+            "it is a stand-in with random weights, not the published file: delete it and fetch "
+            "that (notebook 01)" if report.demo else "it has no stand-in's mark: move it away and "
+            "give its path; a stand-in will be written here")
+    known = _known_checksum(path.parent, path.name)
+    if known and known["sha256"] != report.sha256:
+        raise CheckpointError(
+            f"its SHA-256 is {report.sha256}, but at its first load it was {known['sha256']} "
+            "(checksums.json): other bytes under the same name. Fetch it again, or delete that "
+            "entry if the published file was replaced")
+    if weights == "published" and not known:
         _record_checksum(path.parent, path, report.sha256)
 
 
 def _load_original(
     method: str | None, path: Path, allow_extra: tuple[str, ...],
 ) -> tuple[dict[str, torch.Tensor], KeyReport]:
-    """Open, match, read and check a checkpoint as it was published."""
-    with ThreadPoolExecutor(1) as pool:
-        digest = pool.submit(_sha256, path)  # as long as all the rest, so side by side
+    """Open, match, read and check a checkpoint as its authors saved it."""
+    with _about(path), ThreadPoolExecutor(1) as pool:
         opened = _open_checkpoint(path, allow_extra)
-        found, backbone, facts = _match(opened, method, allow_extra)
-        tensors = _read_tensors(opened, backbone)
-        tensors = {name: tensors.get(name, torch.zeros((), dtype=torch.int64)) for name in _backbone_layout()}
-        _check_values(path, tensors)
-        report = KeyReport(
-            found, "stand-in" if STAND_IN_MARK in opened.top else "file", path.name,
-            changed=_changed(tensors), fingerprint=_fingerprint(tensors),
-            sha256=digest.result(), allow_extra=allow_extra, **facts)
-    return tensors, report
-
-
-def _match(
-    opened: _Opened, method: str | None, allow_extra: tuple[str, ...],
-) -> tuple[str, dict[str, _Stored], dict[str, Any]]:
-    """Return the file's method, its backbone entries by ResNet50 name, and facts for the report."""
-    try:
+        digest = pool.submit(_sha256, path)  # takes as long as all the rest: side by side
         entries, notes = _without_ddp(opened.entries)
         found, prefix = _recognise(entries)
-        _agree(opened.path, method, found)
-        known = CHECKPOINTS[found]
-        groups, extra = _sort_rest(entries, prefix, known, allow_extra)
-        if method is None and not (groups or known.wrapper in opened.wrapper and not known.groups):
-            raise CheckpointError("it holds a ResNet50 and nothing that tells its method: name the "
-                                  "method")
+        _agree(method, found)
         backbone, filled = _take_backbone(entries, prefix)
-    except CheckpointError as error:
-        text = str(error)
-        raise CheckpointError(text if text.startswith(str(opened.path)) else
-                              f"{opened.path}: {text}.") from None
-    missing, unexpected, raised = _readme_snippet(found, entries)
-    notes = (*opened.notes, *notes, *filled, *raised, *extra)
-    if prefix != known.prefix:
-        notes += (f"backbone found under {prefix!r}",)
-    return found, backbone, {"groups": groups, "missing_keys": missing,
-                             "unexpected_keys": unexpected, "notes": notes}
+        groups = _sort_rest(entries, prefix, CHECKPOINTS[found], allow_extra)
+        evidence = groups or CHECKPOINTS[found].wrapper == "module" in opened.wrapper
+        if method is None and not evidence:
+            raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
+        missing, unexpected, raised = _readme_snippet(found, entries)
+        tensors = _read_tensors(opened, backbone)
+        tensors |= {name: torch.tensor(0) for name in filled}
+        _check_values(tensors)
+        if filled:
+            notes += (f"{len(filled)} num_batches_tracked were absent (PyTorch < 0.4.1): set to 0",)
+        if None in (crc for _, _, crc in opened.records.values()):
+            notes += ("legacy format (PyTorch < 1.6) without CRC: damage can go unnoticed",)
+        if prefix != CHECKPOINTS[found].prefix:
+            notes += (f"the backbone lay under {prefix}, not where the published file has it",)
+        if not evidence:
+            notes += (f"nothing but the keys' prefix {prefix!r} says that this is {found}",)
+        return tensors, KeyReport(
+            found, "stand-in" if opened.stand_in else "file", path.name, path.stat().st_size,
+            digest.result(), changed=_changed(tensors), missing_keys=missing,
+            unexpected_keys=unexpected, groups=groups, fingerprint=_fingerprint(tensors),
+            allow_extra=allow_extra, notes=(*notes, *raised))
 
 
 def _without_ddp(entries: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Remove `module.` (DistributedDataParallel) where every key begins with it."""
+    """Remove `module.` where every key begins with it."""
     if not all(key.startswith("module.") for key in entries):
         return entries, ()
     return ({key.removeprefix("module."): value for key, value in entries.items()},
-            ("every key began with 'module.' (DistributedDataParallel), which was removed",))
+            ("every key began with module. (DistributedDataParallel), which was removed",))
 
 
 def _recognise(entries: Mapping[str, Any]) -> tuple[str, str]:
     """Return method and prefix under which most of a ResNet50's 318 names are found."""
-    places = [(known.method, prefix) for known in CHECKPOINTS.values() for prefix in known.prefixes]
-    counts = {place: sum(place[1] + name in entries for name in _backbone_layout())
-              for place in places}
+    counts = {(known.method, prefix): sum(prefix + name in entries for name in _backbone_layout())
+              for known in CHECKPOINTS.values() for prefix in known.prefixes}
     best = max(counts, key=counts.get)
     if not counts[best]:
-        starts = sorted({key.split(".")[0] for key in entries})
-        raise CheckpointError(f"it holds no ResNet50 backbone under a known prefix; its "
-                              f"{len(entries)} keys begin with {', '.join(starts[:8])}")
+        raise CheckpointError(
+            f"0 of 318 backbone tensors: none of its {len(entries)} keys has a known prefix; they "
+            f"begin with {_few(dict.fromkeys(key.split('.')[0] for key in entries))}")
     return best
+
+
+def _is_backbone(key: str, prefix: str) -> bool:
+    """Say whether a key belongs to a part that a ResNet50 has (conv1, bn1, layer1 ... layer4)."""
+    parts = {name.split(".")[0] for name in _backbone_layout()}
+    return key.startswith(prefix) and key[len(prefix):].split(".")[0] in parts
 
 
 def _take_backbone(
     entries: Mapping[str, Any], prefix: str,
-) -> tuple[dict[str, _Stored], tuple[str, ...]]:
-    """Return the backbone's entries by ResNet50 name, and a note where counters were filled in.
+) -> tuple[dict[str, _Stored], list[str]]:
+    """Return the backbone's entries by ResNet50 name, and the counters to be filled with 0.
 
     Raises:
-        CheckpointError: keys, shapes or dtypes that aren't a ResNet50's; counts what is missing.
+        CheckpointError: what of the 318 is missing, additional, of another shape or shared.
     """
     layout = _backbone_layout()
-    parts = {name.split(".")[0] for name in layout}
-    own = {key.removeprefix(prefix): value for key, value in entries.items()
-           if key.startswith(prefix) and key[len(prefix):].split(".")[0] in parts}
+    own = {key[len(prefix):]: value for key, value in entries.items() if _is_backbone(key, prefix)}
     foreign = [name for name in own if name not in layout]
     missing = [name for name in layout if not isinstance(own.get(name), _Stored)]
-    shapes = [f"{name} is {tuple(own[name].shape)} {own[name].dtype}, a ResNet50's is "
-              f"{tuple(layout[name].shape)} {layout[name].dtype}"
-              for name in layout if name not in missing
-              and (own[name].shape, own[name].dtype) != (tuple(layout[name].shape), layout[name].dtype)]
-    counters = [name for name in layout if name.endswith("num_batches_tracked")]
-    filled = missing == counters and not any(name in own for name in counters)
-    faults = []
-    if foreign:
-        faults.append(f"{len(foreign)} keys that a ResNet50 doesn't have (first: {foreign[0]})")
-    if shapes:
-        faults.append(f"{len(shapes)} tensors of another shape or type (first: {shapes[0]})")
-    if missing and not filled:
-        faults.append(f"{len(missing)} of {len(layout)} tensors missing (first: {missing[0]})")
-    if faults:
-        raise CheckpointError("its backbone is not a whole ResNet50: " + "; ".join(faults))
     backbone = {name: own[name] for name in layout if name not in missing}
-    users = Counter(entry.record for entry in entries.values() if isinstance(entry, _Stored))
-    for name, entry in backbone.items():
-        if users[entry.record] > 1:
-            raise CheckpointError(f"{name} shares the record {entry.record} with another tensor")
-    return backbone, (("53 num_batches_tracked were absent (old PyTorch) and set to 0",) if filled
-                      else ())
+    other = [f"{name} is {entry.shape} {entry.dtype}, not {tuple(layout[name].shape)} "
+             f"{layout[name].dtype}" for name, entry in backbone.items()
+             if (entry.shape, entry.dtype) != (layout[name].shape, layout[name].dtype)]
+    shared = _overlapping(entries.values()) & set(backbone.values())
+    counters = [name for name in layout if name.endswith("num_batches_tracked")]
+    filled = counters if missing == counters and not set(counters) & set(own) else []
+    faults = [f"{len(names)} {words} (first: {names[0]})" for names, words in (
+        (foreign, "keys that a ResNet50 doesn't have"), (other, "tensors of another kind"),
+        ([] if filled else missing, "of 318 tensors missing"),
+        ([name for name in backbone if backbone[name] in shared], "tensors that overlap")) if names]
+    if faults:
+        raise CheckpointError("its backbone isn't a whole ResNet50: " + "; ".join(faults))
+    return backbone, filled
+
+
+def _overlapping(entries: Iterable[Any]) -> set[_Stored]:
+    """Return the tensors whose bytes another one claims too."""
+    found, last, end = set(), None, 0
+    stored = (entry for entry in entries if isinstance(entry, _Stored))
+    for entry in sorted(stored, key=lambda e: (e.record, e.offset * e.dtype.itemsize)):
+        start = entry.offset * entry.dtype.itemsize
+        if last is not None and last.record == entry.record and start < end:
+            found |= {last, entry}
+        else:
+            end = 0
+        if (stop := start + math.prod(entry.shape) * entry.dtype.itemsize) >= end:
+            last, end = entry, stop
+    return found
 
 
 def _sort_rest(
     entries: Mapping[str, Any], prefix: str, known: Checkpoint, allow_extra: tuple[str, ...],
-) -> tuple[dict[str, tuple[int, str]], tuple[str, ...]]:
-    """Sort what isn't backbone into the method's known groups: group -> (count, words).
+) -> dict[str, tuple[int, str]]:
+    """Sort what isn't backbone into the method's known groups: group -> (keys, words).
 
     Raises:
         CheckpointError: keys of a group that the method isn't known to have, unless allowed.
     """
-    parts = {name.split(".")[0] for name in _backbone_layout()}
+    words = {name: "accepted by allow_extra" for name in allow_extra} | dict(known.groups)
     counts: Counter[str] = Counter()
     unknown: dict[str, None] = {}
-    for key in entries:
-        if key.startswith(prefix) and key[len(prefix):].split(".")[0] in parts:
-            continue
-        options = (*known.groups, *allow_extra)
-        group = next((g for g in options if key == g or g.endswith(".") and key.startswith(g)), None)
+    for key in (key for key in entries if not _is_backbone(key, prefix)):
+        group = next((g for g in words if key == g or g.endswith(".") and key.startswith(g)), None)
         if group is None:
             unknown[_group_of(key, (prefix, *known.groups))] = None
         else:
             counts[group] += 1
     if unknown:
         raise CheckpointError(
-            f"it holds keys that a {known.method} checkpoint isn't known to have: "
-            f"{', '.join(unknown)}. If they may be left out, pass allow_extra="
-            f"{(*allow_extra, *unknown)!r}")
-    groups = {g: (n, known.groups.get(g, "accepted by allow_extra")) for g, n in counts.items()}
-    return groups, tuple(f"{g} was accepted by allow_extra" for g in groups if g not in known.groups)
+            f"it holds keys that a {known.method} checkpoint isn't known to have: {_few(unknown)}. "
+            f"If they may be left out, pass allow_extra={(*allow_extra, *unknown)!r}")
+    return {group: (counts[group], words[group]) for group in words if counts[group]}
 
 
 def _group_of(key: str, known: Iterable[str]) -> str:
-    """Return the shortest dotted start of a key that leads into no known group."""
-    parts = key.split(".")
-    for end in range(1, len(parts)):
-        group = ".".join(parts[:end]) + "."
-        if not any(name.startswith(group) for name in known):
-            return group
-    return key
+    """Return the shortest dotted start of a key that leads to nothing known."""
+    starts = [part + "." for part in itertools.accumulate(key.split(".")[:-1], "{}.{}".format)]
+    return next((s for s in starts if not any(name.startswith(s) for name in known)), key)
 
 
 def _readme_snippet(
     method: str, entries: Mapping[str, Any],
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return missing and unexpected keys as the authors' README snippet reports them, and notes.
+    """Return missing and unexpected keys as the authors' README snippet reports them, and a note.
 
-    Its renaming (not anchored, on purpose) and its `load_state_dict(strict=False)`, on tensors
-    without memory. Where it raises because the head has another shape, the head is left out.
+    Its renaming isn't anchored. PyTorch never reports BatchNorm's counters as missing from a
+    plain dict. Where the snippet raises because of the head's shape, the head is left out.
     """
     start = {"BYOL": "online_network.encoder.", "MoCo": "encoder_q."}.get(method, "model.")
-    state = {key.replace(start, ""): torch.empty(value.shape, dtype=value.dtype, device="meta")
-             if isinstance(value, _Stored) else value for key, value in entries.items()}
-    notes = ()
-    if "fc.weight" in state:
-        notes = (f"the authors' snippet raises on this file: its head fc.weight is "
-                 f"{tuple(state['fc.weight'].shape)}, torchvision's is (1000, 2048); the head is "
-                 "left out here",)
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    result = _resnet50().load_state_dict(state, strict=False)
-    return tuple(result.missing_keys), tuple(result.unexpected_keys), notes
+    shapes = {key.replace(start, ""): getattr(entry, "shape", None)
+              for key, entry in entries.items()}
+    wanted = {name: tensor.shape for name, tensor in _resnet50().state_dict().items()}
+    note = ()
+    if shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]:
+        note = (f"the authors' snippet raises here: fc.weight is {shapes['fc.weight']}, "
+                "torchvision's (1000, 2048); the head is left out, by rule",)
+        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("fc.")}
+    missing = [k for k in wanted if k not in shapes and not k.endswith("num_batches_tracked")]
+    return tuple(missing), tuple(key for key in shapes if key not in wanted), note
 
 
-def _check_values(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse numbers that no trained network has: NaN, Inf, zero filters, negative variances."""
     for name, tensor in tensors.items():
         low, high = (bound.item() for bound in tensor.aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
-            fault = "NaN or Inf"
-        elif tensor.dim() == 4 and low == high == 0:
-            fault = "nothing but zeros"
-        elif name.endswith(("running_var", "num_batches_tracked")) and low < 0:
-            fault = f"a negative value ({low})"
-        else:
-            continue
-        raise CheckpointError(f"{path}: {name} holds {fault}. The file is damaged or its training "
-                              "failed: fetch it again or use another.")
+        fault = ("NaN or Inf" if not (math.isfinite(low) and math.isfinite(high)) else
+                 "nothing but zeros" if tensor.dim() == 4 and low == high == 0 else
+                 f"negative values ({low:g})" if low < 0 and name.endswith(
+                     ("running_var", "num_batches_tracked")) else None)
+        if fault:
+            raise CheckpointError(f"{name} holds {fault}: the training failed, or the file is "
+                                  "damaged")
 
 
 def _fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -1448,71 +1400,97 @@ def _fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _fresh_std(weight: torch.Tensor) -> float:
+    """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
+    return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
+
+
 def _changed(tensors: Mapping[str, torch.Tensor]) -> int:
     """Count tensors that differ from a fresh initialisation.
 
-    BatchNorm is compared with its constants, each convolution's first filter with a draw from
-    torchvision's initial distribution (a whole network of draws takes longer than the loading).
+    BatchNorm is held against its constants, a convolution's first filter against a draw from
+    torchvision's initial distribution: all draws of a network would take longer than its loading.
     """
-    generator = torch.Generator().manual_seed(0)
-    count = 0
+    generator, count = torch.Generator().manual_seed(0), 0
     for name, tensor in tensors.items():
+        fresh = torch.full_like(tensor, float(name.endswith(("weight", "running_var"))))
         if tensor.dim() == 4:
-            fresh = torch.randn(tensor[0].shape, generator=generator) * _fresh_std(tensor)
-            count += not torch.equal(tensor[0], fresh)
-        else:
-            one = name.endswith("running_var") or name.endswith("weight")
-            count += not torch.equal(tensor, torch.full_like(tensor, float(one)))
+            tensor = tensor[0]
+            fresh = torch.randn(tensor.shape, generator=generator) * _fresh_std(tensors[name])
+        count += not torch.equal(tensor, fresh)
     return count
 
 
-# --- Convert: the backbone alone, as safetensors -----------------------------
+EXPORT_MARK = "medssl_utils.export_backbone"
 
 
 def export_backbone(model: nn.Module, path: str | Path, report: KeyReport) -> Path:
-    """Write a model's backbone, and nothing else, as safetensors with its provenance.
+    """Write a backbone, and nothing else, as safetensors with its provenance in the metadata.
 
     Args:
         model: as `load_backbone` returned it.
         path: where to write (`.safetensors`); replaced at once, never half.
-        report: its report, kept in the file's metadata (`report`, as JSON).
+        report: its report; the metadata holds it whole (`report`, JSON) and in parts.
     Returns:
         The path.
     Raises:
         CheckpointError: the weights are no longer those that the report speaks of.
     """
     state = model.state_dict()
-    tensors = {name: state[name].cpu().contiguous() for name in _backbone_layout()}
+    tensors = {name: state[name].cpu() for name in _backbone_layout()}
     if _fingerprint(tensors) != report.fingerprint:
-        raise CheckpointError("The model's weights are no longer those of the report: export it "
-                              "before it is trained.")
+        raise CheckpointError("The model's weights are no longer those of its report: export a "
+                              "backbone before it is trained.")
     return _save_backbone(tensors, Path(path), report)
 
 
 def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyReport) -> Path:
+    from safetensors.torch import save_file
     metadata = {"format": "pt", "written_by": EXPORT_MARK, "method": report.method,
                 "weights": report.weights, "source": report.path, "source_sha256": report.sha256,
                 "fingerprint": report.fingerprint, "report": json.dumps(dataclasses.asdict(report))}
     with _atomic(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
     return path
 
 
-EXPORT_MARK = "medssl_utils.export_backbone"
+def _read_backbone(path: Path, verify: bool) -> tuple[dict[str, torch.Tensor], KeyReport]:
+    """Map a file that `_save_backbone` wrote; it is replaced whole, so the map can't change.
 
-
-def _read_backbone(path: Path) -> tuple[dict[str, torch.Tensor], KeyReport]:
-    """Return tensors and report of a file that `_save_backbone` wrote, mapped, not yet verified."""
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    Raises:
+        CheckpointError: it is another file, or its tensors aren't those it was written with.
+    """
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("written_by") != EXPORT_MARK:
-            raise CheckpointError(f"{path} is a safetensors file that export_backbone didn't write.")
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-    fields = json.loads(metadata["report"])
-    for name in ("missing_keys", "unexpected_keys", "allow_extra", "notes"):
-        fields[name] = tuple(fields[name])
-    fields["groups"] = {group: tuple(value) for group, value in fields["groups"].items()}
-    return tensors, KeyReport(**fields)
+            raise CheckpointError("it is a safetensors file that export_backbone didn't write")
+        fields = json.loads(metadata["report"])
+        fields["groups"] = {group: tuple(value) for group, value in fields["groups"].items()}
+        report = KeyReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(str(error)) from None
+    layout = {name: (tensor.shape, tensor.dtype) for name, tensor in _backbone_layout().items()}
+    if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != layout:
+        raise CheckpointError("its tensors are not those of a ResNet50 backbone")
+    if verify and _fingerprint(tensors) != report.fingerprint:
+        raise CheckpointError("its tensors are not those it was written with (fingerprint)")
+    return tensors, report
+
+
+def _load_exported(
+    method: str | None, path: Path,
+) -> tuple[dict[str, torch.Tensor], KeyReport]:
+    """Return tensors and report of an exported backbone, verified."""
+    with _about(path):
+        tensors, report = _read_backbone(path, verify=True)
+        _agree(method, report.method)
+        _check_values(tensors)
+    origin = f"exported from {report.path or report.method}"
+    return tensors, replace(report, weights=report.weights if report.demo else "file",
+                            path=path.name, notes=(*report.notes, origin))
 
 
 def _cache_path(path: Path) -> Path:
@@ -1524,25 +1502,23 @@ def _load_cache(
 ) -> tuple[dict[str, torch.Tensor], KeyReport] | None:
     """Return the converted backbone of a file, or None where it is absent, outdated or damaged.
 
-    The cache carries its source's time stamp as its own, so touching either outdates it.
+    The cache carries its source's time stamp as its own, so a change of either file outdates it.
     """
-    cached = _cache_path(path)
-    try:
-        if cached.stat().st_mtime_ns != path.stat().st_mtime_ns:
-            return None
-        tensors, report = _read_backbone(cached)
-        if cache == "verify" and _fingerprint(tensors) != report.fingerprint:
-            return None
-    except Exception:  # an unreadable cache is written anew from the original
+    source, cached = path.stat() if path.exists() else None, _cache_path(path)
+    if source is None or not cached.exists() or cached.stat().st_mtime_ns != source.st_mtime_ns:
         return None
-    return (tensors, report) if report.allow_extra == allow_extra else None
+    with contextlib.suppress(CheckpointError):  # then it is written anew from the original
+        tensors, report = _read_backbone(cached, verify=cache == "verify")
+        if (report.size, report.allow_extra) == (source.st_size, allow_extra):
+            return tensors, report
+    return None
 
 
 def _write_cache(path: Path, tensors: Mapping[str, torch.Tensor], report: KeyReport) -> None:
-    stamp = path.stat()
-    with contextlib.suppress(OSError):  # a read-only folder: no cache, nothing else is lost
-        cached = _save_backbone(tensors, _cache_path(path), report)
-        os.utime(cached, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    """Keep the backbone beside its file, with the same time stamp; a read-only folder is fine."""
+    stamp = path.stat().st_mtime_ns
+    with contextlib.suppress(OSError):
+        os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
 
 # --- end of checkpoints ---
 
@@ -1552,7 +1528,6 @@ def _write_cache(path: Path, tensors: Mapping[str, torch.Tensor], report: KeyRep
 
 
 SPLITS = ("train", "val", "test")
-TASKS = ("binary", "multi-class", "ordinal", "multi-label")
 MEDMNIST = (
     "pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist",
     "breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist",
@@ -1566,7 +1541,7 @@ DATASETS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """One part of a data set, in memory.
 
@@ -1586,6 +1561,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.images.shape[1:]))
+        return f"Split({len(self)} images, {shape} {self.images.dtype})"
 
     def take(self, index: np.ndarray) -> Split:
         """Return the images at `index` as a new Split."""
@@ -1607,7 +1586,7 @@ class Split:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DataSplits:
     """A data set as the training code sees it.
 
@@ -1619,7 +1598,7 @@ class DataSplits:
         source: one line: where it came from, its licence.
         demo: True for procedural images, whose results are stamped DEMO.
         notes: facts the reader should know (excluded files, known overlaps).
-        task: one of TASKS.
+        task: "binary", "multi-class", "ordinal" or "multi-label".
         published_split: True if the split is the publisher's and is kept as it is, overlaps
             included, so that results can be compared with others'.
     """
@@ -2068,10 +2047,12 @@ def save_subset(path: str | Path, data: DataSplits, index: np.ndarray, **asked: 
               "ids_sha256": part.ids_fingerprint, "ids": part.ids.tolist()}
     with _atomic(path) as file:
         file.write_text(json.dumps(record, indent=1))
+
+
 # Checks before anything is trained -------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class SplitReport:
     """What `check_splits` found; prints in a terminal, shows tables and pictures in a notebook.
 
@@ -2079,55 +2060,46 @@ class SplitReport:
         name: the data set.
         errors: what must be mended before training.
         warnings: what a reader of the results must know; recorded with them.
-        tables: "classes", "intensity", and where there are any "duplicates", "patients",
+        tables: "classes", "intensity", and where there are any "duplicates", "patients" and
             "articles".
         pictures: (caption, image, image) of the first duplicate pairs.
     """
 
     name: str
-    errors: tuple[str, ...]
-    warnings: tuple[str, ...]
-    tables: Mapping[str, pd.DataFrame]
-    pictures: tuple[tuple[str, np.ndarray, np.ndarray], ...] = ()
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+    pictures: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
 
     def raise_for_errors(self) -> None:
         """Raise ValueError with all errors, if there are any."""
         if self.errors:
             raise ValueError(f"{self.name} is not fit for training:\n  " + "\n  ".join(self.errors))
 
-    @property
-    def verdict(self) -> str:
-        """One line: is it fit for training?"""
-        return (f"{self.name}: {'NOT fit' if self.errors else 'fit'} for training, "
-                f"{len(self.errors)} errors, {len(self.warnings)} warnings")
+    def _lines(self) -> list[str]:
+        verdict = "NOT fit" if self.errors else "fit"
+        return [f"{self.name} is {verdict} for training: {len(self.errors)} errors, "
+                f"{len(self.warnings)} warnings", *(f"ERROR: {e}" for e in self.errors),
+                *(f"Warning: {w}" for w in self.warnings)]
 
     def __str__(self) -> str:
-        lines = [self.verdict, *(f"ERROR    {e}" for e in self.errors),
-                 *(f"WARNING  {w}" for w in self.warnings)]
-        for title, table in self.tables.items():
-            more = f"\n... {len(table) - 12} more rows" if len(table) > 12 else ""
-            lines += ["", title, table.head(12).to_string() + more]
-        return "\n".join(lines)
+        tables = [f"\n{title} ({len(table)} rows)\n{table.head(12).to_string()}"
+                  for title, table in self.tables.items()]
+        return "\n".join(self._lines() + tables)
 
     def _repr_html_(self) -> str:
-        escape = html.escape
-        found = [f"<li><b>{kind}</b> {escape(text)}</li>" for kind, texts in
-                 (("Error", self.errors), ("Warning", self.warnings)) for text in texts]
-        parts = [f"<p><b>{escape(self.verdict)}</b></p><ul>{''.join(found)}</ul>"]
-        for title, table in self.tables.items():
-            more = f" (first 12 of {len(table)} rows)" if len(table) > 12 else ""
-            parts.append(f"<p>{title}{more}</p>{table.head(12).to_html()}")
-        parts += [f"<figure style='display:inline-block'>{_thumbnail(a)} {_thumbnail(b)}"
-                  f"<figcaption>{escape(caption)}</figcaption></figure>"
-                  for caption, a, b in self.pictures]
+        parts = [f"<p>{html.escape(line)}</p>" for line in self._lines()]
+        parts += [f"<p>{title} ({len(table)} rows)</p>{table.head(12).to_html()}"
+                  for title, table in self.tables.items()]
+        for caption, *images in self.pictures:
+            for image in images:
+                file = io.BytesIO()
+                pixels = np.clip(np.nan_to_num(image), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).resize((96, 96)).save(file, "PNG")
+                code = base64.b64encode(file.getvalue()).decode()
+                parts.append(f"<img src='data:image/png;base64,{code}'> ")
+            parts.append(html.escape(caption) + "<br>")
         return "".join(parts)
-
-
-def _thumbnail(image: np.ndarray) -> str:
-    """Return an image as an HTML tag that holds its pixels."""
-    file = io.BytesIO()
-    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).resize((96, 96)).save(file, "PNG")
-    return f"<img src='data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'>"
 
 
 def check_splits(
@@ -2137,182 +2109,138 @@ def check_splits(
     """Look for what would make a result wrong: leaks, contradictions, gaps, odd intensities.
 
     The same picture or patient in two splits, and the same picture in two classes, are errors;
-    in a published split, which is kept for comparison, they are warnings.
+    in a published split, which is kept for comparability, they are warnings.
 
     Args:
         method: the checkpoint whose pre-training intensities the images are held against.
         fractions, seed, min_per_class: label subsets to count, chosen as `label_subset` does.
     """
-    parts = {name: getattr(data, name) for name in SPLITS}
-    tables: dict[str, pd.DataFrame] = {}
-    tables["classes"], gaps, missing = _check_classes(data, parts, fractions, seed, min_per_class)
-    tables["intensity"], broken, odd = _check_intensity(data, parts, method)
-    pairs = _duplicate_pairs(parts)
-    leaks = _describe_duplicates(pairs)
-    repeated = [i for i, n in Counter(i for p in parts.values() for i in p.ids).items() if n > 1]
-    if repeated:
-        broken.append(f"{len(repeated)} ids occur twice, among them {repeated[:3]}.")
-    warnings = missing + odd
-    if len(pairs):
-        tables["duplicates"] = pairs
-        inside = int(((pairs.split == pairs.other_split) & (pairs.label == pairs.other_label)).sum())
-        warnings += [f"{inside} pairs of identical images within a split."] if inside else []
-    for kind, column in (("patients", "groups"), ("articles", "articles")):
-        shared = _shared_groups(parts, column)
-        if shared is None or not len(shared):
-            continue
-        tables[kind] = shared
-        text = f"{len(shared)} {kind} in more than one split: {', '.join(shared.index[:5])}."
-        (leaks if kind == "patients" else warnings).append(text)
-    if data.train.groups is None:
-        warnings.append("Patients are not known: one may be in several splits, unseen.")
-    if data.published_split:
-        warnings += [f"{leak} The published split is kept for comparability." for leak in leaks]
-        leaks = []
-    return SplitReport(data.name, tuple(gaps + broken + leaks), tuple(warnings), tables,
-                       _duplicate_pictures(pairs, parts))
-
-
-def _check_classes(
-    data: DataSplits, parts: Mapping[str, Split], fractions: Sequence[float], seed: int,
-    min_per_class: int,
-) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """Count images per class, split and label fraction; return table, errors, warnings."""
-    columns = {name: part.labels for name, part in parts.items()}
+    report = SplitReport(data.name)
+    leaks: list[str] = []
+    columns = {name: getattr(data, name).labels for name in SPLITS}
     for fraction in fractions:
         index = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
                              min_per_class=min_per_class)
         columns[f"train at {fraction:g}"] = data.train.labels[index]
-    count = len(data.class_names)
-
-    def per_class(labels: np.ndarray) -> np.ndarray:
-        return labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=count)
-
-    outside = {name: sorted(set(np.unique(part.labels)) - set(range(max(count, 2))))
-               for name, part in parts.items()}
-    errors = [f"{name} has labels {[int(v) for v in values]} without a class name."
-              for name, values in outside.items() if values]
-    if errors:
-        return pd.DataFrame(), errors, []
-    table = pd.DataFrame({name: per_class(labels) for name, labels in columns.items()},
-                         index=pd.Index(data.class_names, name="class"))
-    warnings = []
-    for name in table.columns:
-        absent = list(table.index[table[name] == 0])
-        if absent:
-            text = f"{name} has no image of {', '.join(absent)}"
-            single = data.task != "multi-label" and (table[name] > 0).sum() < 2
-            if single or name.startswith("train"):
-                errors.append(f"{text}; training or scoring needs it.")
-            else:
-                warnings.append(f"{text}: scores of that class are undefined there.")
-    return table, errors, warnings
+    _check_classes(report, data, columns)
+    _check_intensity(report, data, method)
+    _check_duplicates(report, data, leaks)
+    for kind, column in (("patients", "groups"), ("articles", "articles")):
+        shared = _shared(data, column)
+        if len(shared):
+            report.tables[kind] = shared
+            text = f"{len(shared)} {kind} in more than one split: {', '.join(shared.index[:5])}."
+            (leaks if kind == "patients" else report.warnings).append(text)
+    if data.train.groups is None:
+        report.warnings.append("Patients are not known: one may be in several splits, unseen.")
+    if data.published_split:
+        report.warnings += [f"{leak} The published split is kept as it is." for leak in leaks]
+    else:
+        report.errors += leaks
+    return report
 
 
-def _check_intensity(
-    data: DataSplits, parts: Mapping[str, Split], method: str | None,
-) -> tuple[pd.DataFrame, list[str], list[str]]:
-    """Hold pixel values against their stated range and the checkpoint's pre-training input."""
-    rows = {name: _intensity(part.images) for name, part in parts.items() if len(part)}
-    errors = [f"{name} has pixels outside 0..255 or not finite ({row['min'] * 255:.0f} to "
-              f"{row['max'] * 255:.0f})." for name, row in rows.items()
-              if not (row["min"] >= 0 and row["max"] <= 1)]
-    warnings = [f"{name} has no pixel above {row['max'] * 255:.0f} of 255: was it scaled twice?"
-                for name, row in rows.items() if row["max"] < 0.2]
-    for name, part in parts.items():
+def _check_classes(report: SplitReport, data: DataSplits, columns: Mapping[str, np.ndarray]) -> None:
+    """Count images per class in every column of labels; find classes without any."""
+    names = pd.Index(data.class_names, name="class")
+    table = pd.DataFrame(index=names)
+    for column, labels in columns.items():
+        top = 1 if data.task == "multi-label" else len(names) - 1
+        if labels.size and (labels.min() < 0 or labels.max() > top):
+            report.errors.append(f"{column} has labels {labels.min()} to {labels.max()}, expected "
+                                 f"0 to {top} ({', '.join(names)}).")
+            continue
+        table[column] = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=top + 1)
+        absent = ", ".join(names[table[column] == 0])
+        if absent and (column.startswith("train") or (table[column] > 0).sum() < 2):
+            report.errors.append(f"{column} has no image of {absent}: nothing to learn or score.")
+        elif absent:
+            report.warnings.append(f"{column} has no image of {absent}: its scores are undefined.")
+    report.tables["classes"] = table
+
+
+def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) -> None:
+    """Hold pixel values against 0..255 and against the checkpoint's pre-training input."""
+    rows = {}
+    for name in SPLITS:
+        part = getattr(data, name)
+        step = part.images.size // 4_000_000 | 1                     # 4 million pixels are enough
+        sample = part.images.reshape(-1)[::step] / 255
+        low, high = float(part.images.min()), float(part.images.max())
+        rows[name] = {"mean": sample.mean(), "std": sample.std(), "min": low / 255,
+                      "max": high / 255}
         flat = part.images.reshape(len(part), -1)
-        same = part.ids[flat.min(1) == flat.max(1)] if len(part) else []
-        if len(same):
-            warnings.append(f"{len(same)} images of {name} hold one grey value only, among them "
-                            f"{list(map(str, same[:3]))}.")
-    rows["stated for the data set"] = {"mean": np.mean(data.mean), "std": np.mean(data.std)}
-    own = rows.get("train", {}).get("mean", np.nan), rows.get("train", {}).get("std", np.nan)
+        plain = part.ids[flat.min(1) == flat.max(1)]
+        if not (low >= 0 and high <= 255):
+            report.errors.append(f"{name} has pixels from {low} to {high}, expected 0 to 255.")
+        elif high < 50:
+            report.warnings.append(f"{name} has no pixel above {high:g} of 255: scaled twice?")
+        if len(plain):
+            report.warnings.append(f"{len(plain)} images of {name} have one grey value only: "
+                                   f"{', '.join(plain[:3])}.")
+    mean, std = rows["train"]["mean"], rows["train"]["std"]
+    stated = {"the data set as stated": (data.mean, data.std)}
     if method in CHECKPOINTS:
-        known = CHECKPOINTS[method]
-        mean, std = float(np.mean(known.mean)), float(np.mean(known.std))
-        rows[f"pre-training of {method}"] = {"mean": mean, "std": std}
-        rows["train, normalised by data set"] = {
-            "mean": (own[0] - np.mean(data.mean)) / np.mean(data.std),
-            "std": own[1] / np.mean(data.std)}
-        rows["train, normalised by checkpoint"] = {"mean": (own[0] - mean) / std,
-                                                    "std": own[1] / std}
-        if abs(own[0] - mean) > std:
-            warnings.append(f"Brightness differs from the pre-training input of {method}: mean "
-                            f"{own[0]:.2f} here, {mean:.2f} +- {std:.2f} there.")
-    return pd.DataFrame(rows).T.round(3), errors, warnings
+        stated[f"pre-training of {method}"] = CHECKPOINTS[method].mean, CHECKPOINTS[method].std
+    for whose, statistics in stated.items():
+        centre, spread = np.mean(statistics[0]), np.mean(statistics[1])
+        rows[whose] = {"mean": centre, "std": spread}
+        rows[f"train, normalised by {whose}"] = {"mean": (mean - centre) / spread,
+                                                 "std": std / spread}
+        if abs(mean - centre) > spread:
+            report.warnings.append(f"train has a mean intensity of {mean:.2f}, {whose} has "
+                                   f"{centre:.2f} +- {spread:.2f}.")
+    report.tables["intensity"] = pd.DataFrame(rows).T.round(3)
 
 
-def _intensity(images: np.ndarray) -> dict[str, float]:
-    """Return mean, std, min and max of images in units of [0, 1], in memory-sparing chunks."""
-    total = squares = 0.0
-    for chunk in np.array_split(images, max(1, images.size // 2**24)):
-        values = chunk.astype(np.float64) / 255
-        total, squares = total + values.sum(), squares + (values * values).sum()
-    mean = total / images.size
-    return {"mean": mean, "std": math.sqrt(max(0.0, squares / images.size - mean * mean)),
-            "min": float(images.min()) / 255, "max": float(images.max()) / 255}
-
-
-def _duplicate_pairs(parts: Mapping[str, Split]) -> pd.DataFrame:
-    """List images whose pixels equal those of an earlier one; one row a pair."""
+def _check_duplicates(report: SplitReport, data: DataSplits, leaks: list[str]) -> None:
+    """Find images that are equal pixel for pixel, one row a pair; and ids that occur twice."""
     first: dict[bytes, tuple[str, int]] = {}
     rows = []
-    for name, part in parts.items():
-        for i, image in enumerate(part.images):
+    for name in SPLITS:
+        for i, image in enumerate(getattr(data, name).images):
             digest = hashlib.sha256(np.ascontiguousarray(image)).digest()
-            other, j = first.setdefault(digest, (name, i))
-            if (other, j) != (name, i):
-                rows.append((other, parts[other].ids[j], _label_text(parts[other].labels[j]),
-                             name, part.ids[i], _label_text(part.labels[i])))
-    return pd.DataFrame(rows, columns=["split", "id", "label", "other_split", "other_id",
-                                       "other_label"])
+            other = first.setdefault(digest, (name, i))
+            if other != (name, i):
+                rows.append(_describe_pair(data, *other, name, i))
+    pairs = pd.DataFrame(rows, columns=["split", "id", "label", "split_2", "id_2", "label_2",
+                                        "images"])
+    torn, crossing = pairs.label != pairs.label_2, pairs.split != pairs.split_2
+    for (one, two), some in pairs[crossing].groupby(["split", "split_2"]):
+        leaks.append(f"{len(some)} images of {two} are pixel for pixel in {one} too, among them "
+                     f"{some.id_2.iloc[0]} = {some.id.iloc[0]}.")
+    if torn.any():
+        some = pairs[torn].iloc[0]
+        leaks.append(f"{torn.sum()} pairs of identical images have different labels, among them "
+                     f"{some.id} ({some.label}) = {some.id_2} ({some.label_2}).")
+    if within := int((~torn & ~crossing).sum()):
+        report.warnings.append(f"{within} pairs of identical images within a split.")
+    worst = pairs.assign(mild=~torn & ~crossing).sort_values("mild", kind="stable").head(4)
+    report.pictures = [(f"{p.split} {p.id} ({p.label}) = {p.split_2} {p.id_2} ({p.label_2})",
+                        *p.images) for p in worst.itertuples()]
+    if rows:
+        report.tables["duplicates"] = pairs.drop(columns="images")
+    ids = Counter(i for name in SPLITS for i in getattr(data, name).ids)
+    if twice := [i for i, n in ids.items() if n > 1]:
+        report.errors.append(f"{len(twice)} ids occur twice, among them {', '.join(twice[:3])}.")
 
 
-def _label_text(label: np.ndarray) -> str:
-    """Return a label as text: "3", or "0 1 0" for a multi-label row."""
-    return " ".join(map(str, np.atleast_1d(label)))
+def _describe_pair(data: DataSplits, split: str, i: int, split_2: str, j: int) -> tuple:
+    """Return a row of the table of duplicates."""
+    one, two = getattr(data, split), getattr(data, split_2)
+    labels = (" ".join(map(str, np.atleast_1d(label))) for label in (one.labels[i], two.labels[j]))
+    return (split, str(one.ids[i]), next(labels), split_2, str(two.ids[j]), next(labels),
+            (one.images[i], two.images[j]))
 
 
-def _describe_duplicates(pairs: pd.DataFrame) -> list[str]:
-    """Say which duplicate pairs cross splits or classes."""
-    found = []
-    crossing = pairs[pairs.split != pairs.other_split]
-    for (one, other), rows in crossing.groupby(["split", "other_split"]):
-        found.append(f"{len(rows)} images of {other} are pixel for pixel in {one} too, for "
-                     f"example {rows.id.iloc[0]} = {rows.other_id.iloc[0]}.")
-    torn = pairs[pairs.label != pairs.other_label]
-    if len(torn):
-        found.append(f"{len(torn)} pairs of identical images have different labels, for example "
-                     f"{torn.id.iloc[0]} ({torn.label.iloc[0]}) = {torn.other_id.iloc[0]} "
-                     f"({torn.other_label.iloc[0]}).")
-    return found
-
-
-def _shared_groups(parts: Mapping[str, Split], column: str) -> pd.DataFrame | None:
-    """Count images per split of the patients (or articles) that are in several splits."""
-    if any(getattr(part, column) is None for part in parts.values()):
-        return None
-    counts = pd.DataFrame({name: pd.Series(getattr(part, column)).value_counts()
-                           for name, part in parts.items()}).fillna(0).astype(int)
-    counts = counts[counts.index != ""]
+def _shared(data: DataSplits, column: str) -> pd.DataFrame:
+    """Count images per split of the patients (or articles) that are in more than one."""
+    values = {name: getattr(getattr(data, name), column) for name in SPLITS}
+    if any(v is None for v in values.values()):
+        return pd.DataFrame()
+    counts = pd.DataFrame({name: pd.Series(v[v != ""]).value_counts()
+                           for name, v in values.items()}).fillna(0).astype(int)
     return counts[(counts > 0).sum(axis=1) > 1].sort_index()
-
-
-def _duplicate_pictures(
-    pairs: pd.DataFrame, parts: Mapping[str, Split], limit: int = 4,
-) -> tuple[tuple[str, np.ndarray, np.ndarray], ...]:
-    """Return caption and images of the first pairs, those across splits or classes first."""
-    if not len(pairs):
-        return ()
-    worst = (pairs.split != pairs.other_split) | (pairs.label != pairs.other_label)
-    shown = pairs.assign(worst=~worst).sort_values("worst", kind="stable").head(limit)
-
-    def image(split: str, image_id: str) -> np.ndarray:
-        return parts[split].images[int(np.flatnonzero(parts[split].ids == image_id)[0])]
-
-    return tuple((f"{r.split} {r.id} ({r.label}) = {r.other_split} {r.other_id} ({r.other_label})",
-                  image(r.split, r.id), image(r.other_split, r.other_id))
-                 for r in shown.itertuples())
 
 
 # =============================================================================
@@ -2420,7 +2348,7 @@ class FineTuneConfig:
     def demo(cls) -> FineTuneConfig:
         """Return a recipe that learns the phantoms from scratch on a CPU in seconds."""
         return cls(
-            recipe="demo", image_size=64, epochs=5, batch_size=16, lr=1e-3, backbone_lr=1e-3,
+            recipe="demo", image_size=64, epochs=5, batch_size=8, lr=1e-3, backbone_lr=1e-3,
             freeze_epochs=0, warmup=0.1, augment=(), normalise="dataset",
         )
 
@@ -2593,6 +2521,58 @@ def _probabilities(logits: torch.Tensor, labels_ndim: int) -> np.ndarray:
     return (logits.sigmoid() if labels_ndim == 2 else logits.softmax(1)).numpy()
 
 
+class Progress:
+    """Shows a run: a bar and, in a notebook, a live curve; or a line an epoch; or nothing.
+
+    Args:
+        how: "bar", "log", "none", or "auto": a bar where somebody is watching, else lines.
+        total: images to train on, over all epochs.
+        title: of bar and curve.
+    """
+
+    def __init__(self, how: str, total: int, title: str) -> None:
+        _choose(how, ("auto", "bar", "log", "none"), "progress")
+        self.how = ("bar" if _is_watched() else "log") if how == "auto" else how
+        self.bar = tqdm(total=total, desc=title, unit="img", disable=self.how != "bar")
+        self.title, self.curve = title, None
+
+    def images(self, n: int) -> None:
+        """Note that `n` more images were trained on."""
+        self.bar.update(n)
+
+    def epoch(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Show the epoch that ended, the last row of `history`."""
+        row = history[-1]
+        names = ("C", "train_loss", "val_loss", "val_AUC", "val_ACC")
+        facts = {k: f"{row[k]:.3g}" for k in names if row.get(k) is not None}
+        if self.how == "log":
+            text = ", ".join(f"{k} {v}" for k, v in facts.items())
+            print(f"epoch {row['epoch']:>3}: {text} ({row['seconds']:.1f} s)", flush=True)
+        elif self.how == "bar":
+            self.bar.set_postfix({"epoch": row["epoch"], **facts})
+            if _kernel() is None:
+                return
+            figure = _draw_history(pd.DataFrame(history), self.title)
+            if self.curve is None:
+                from IPython.display import display
+
+                self.curve = display(figure, display_id=True)
+            else:
+                self.curve.update(figure)
+
+
+def _kernel() -> Any:
+    """Return the Jupyter kernel that this runs in, or None."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None)
+
+
+def _is_watched() -> bool:
+    """Say whether a person is at the other end: a terminal, or a notebook that can ask them."""
+    kernel = _kernel()  # papermill and nbval run it with questions off
+    return sys.stdout.isatty() if kernel is None else bool(getattr(kernel, "_allow_stdin", False))
+
+
 class TrainingError(RuntimeError):
     """Training could not go on; says where it stopped and what to do next."""
 
@@ -2600,12 +2580,14 @@ class TrainingError(RuntimeError):
 def train_one_epoch(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer,
     config: FineTuneConfig, preprocessing: Preprocessing, *, epoch: int, seed: int,
+    tick: Callable[[int], None] = lambda images: None,
 ) -> tuple[float, int | None, torch.Tensor]:
     """Train once over the images; every random choice follows from `seed` and `epoch`.
 
     Args:
         images: (N, H, W) or (N, H, W, 3) on the device of the model.
         labels: (N,) int64, same device.
+        tick: called with the number of images after each step, for a progress bar.
 
     Returns:
         The mean loss, the first step whose loss was not finite (None if all were), and the
@@ -2631,6 +2613,7 @@ def train_one_epoch(
             loss.backward()
             losses[step] += loss.detach()  # stays on the device: read once an epoch
         optimizer.step()
+        tick(len(batch))
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     return losses.mean().item(), bad[0] if bad else None, batches[bad[0] if bad else 0]
 
@@ -2776,7 +2759,7 @@ def _save_resume(path: Path, **state: Any) -> None:
 
 def _train(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    seed: int, resume: Path, log: Callable[[dict], None], save_at: int = 0,
+    seed: int, resume: Path, shown: Progress, save_at: int = 0,
 ) -> tuple[list[dict[str, Any]], int]:
     """Fine-tune `model` in place, from the resume file if there is one; load the best epoch.
 
@@ -2802,7 +2785,8 @@ def _train(
     for epoch in range(start, config.epochs):
         began = time.perf_counter()
         loss, bad, batch = train_one_epoch(
-            model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed)
+            model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed,
+            tick=shown.images)
         if bad is not None:
             if best:
                 _save_weights(resume.with_name("best.safetensors"), best)
@@ -2817,7 +2801,7 @@ def _train(
                         "lr": optimizer.param_groups[1]["lr"],
                         "backbone_lr": optimizer.param_groups[0]["lr"],
                         "seconds": time.perf_counter() - began})
-        log(history[-1])
+        shown.epoch(history)
         key = _selection_key(config, val_loss, scores)
         if best_key is None or key > tuple(best_key):
             best_key = key
@@ -2833,7 +2817,7 @@ def _train(
 
 def _race(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    seed: int, folder: Path, log: Callable[[dict], None],
+    seed: int, folder: Path, shown: Progress,
 ) -> tuple[list[dict[str, Any]], int]:
     """Train once with each of `config.lr_candidates` and load the best into `model`.
 
@@ -2846,7 +2830,7 @@ def _race(
         tried = dataclasses.replace(
             config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr, lr_candidates=())
         rows, row = _train(model, train, val, tried, prep, seed, folder / f"last_{rate:g}.pt",
-                           log, save_at=config.epochs)
+                           shown, save_at=config.epochs)
         key = _selection_key(config, rows[row]["val_loss"], rows[row], "val_")
         if best_key is None or key > best_key:
             best_key, best_row, best = key, len(history) + row, copy.deepcopy(model.state_dict())
@@ -2857,7 +2841,7 @@ def _race(
 
 def _fit_linear(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    log: Callable[[dict], None],
+    shown: Progress,
 ) -> tuple[list[dict[str, Any]], int]:
     """Put a logistic regression on frozen features into `model.fc`; L2 strength by validation.
 
@@ -2884,7 +2868,7 @@ def _fit_linear(
         history.append({"epoch": row, "C": strength, "val_loss": val_loss,
                         **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
                         "seconds": time.perf_counter() - began})
-        log(history[-1])
+        shown.epoch(history)
         key = _selection_key(config, val_loss, scores)
         if best_key is None or key > best_key:
             best_key, best_row = key, row
@@ -2977,7 +2961,7 @@ def fine_tune(
     model: nn.Module, report: KeyReport, data: DataSplits,
     config: FineTuneConfig | None = None, *, label_fraction: float = 1.0, seed: int = 0,
     study: str = "study", runs_dir: str | Path = "runs", device: str = "auto",
-    progress: bool = True, keep_best: bool = True,
+    progress: str = "auto", keep_best: bool = True,
 ) -> Run:
     """Fine-tune a backbone on a labelled subset, test it once, and write the run folder.
 
@@ -2991,7 +2975,7 @@ def fine_tune(
         seed: decides subset, head, order and augmentation, alike for every method.
         study: name of the folder under `runs_dir` that keeps runs to be compared.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
-        progress: print a line per epoch.
+        progress: "auto", "bar", "log" or "none", see `Progress`.
         keep_best: keep the best epoch's weights as best.safetensors.
 
     Raises:
@@ -3019,14 +3003,17 @@ def fine_tune(
         net = add_head(model, len(data.class_names), seed)
         net = net.to(where, memory_format=torch.channels_last)
         train, prep = data.train.take(subset), preprocessing_for(config, data, report.method)
-        log = _log_epoch if progress else (lambda row: None)
+        rates = max(1, len(config.lr_candidates))
+        shown = Progress(progress, rates * config.epochs * len(train),
+                         f"{report.method} on {data.name}")
         if config.recipe == "linear":
-            history, best = _fit_linear(net, train, data.val, config, prep, log)
+            history, best = _fit_linear(net, train, data.val, config, prep, shown)
         elif config.lr_candidates:
-            history, best = _race(net, train, data.val, config, prep, seed, folder, log)
+            history, best = _race(net, train, data.val, config, prep, seed, folder, shown)
         else:
             history, best = _train(net, train, data.val, config, prep, seed, folder / "last.pt",
-                                   log)
+                                   shown)
+        shown.bar.close()
         trained = time.perf_counter()
         results = {part: evaluate(net, getattr(data, part), prep) for part in ("val", "test")}
         if keep_best:
@@ -3063,13 +3050,6 @@ def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
             "is another experiment, because BatchNorm sees half batches.") from error
 
 
-def _log_epoch(row: Mapping[str, Any]) -> None:
-    """Print one epoch as one line."""
-    shown = ("C", "train_loss", "val_loss", "val_AUC", "val_ACC")
-    parts = [f"{k} {row[k]:.3g}" for k in shown if row.get(k) is not None]
-    print(f"epoch {row['epoch']:>3}: {', '.join(parts)} ({row['seconds']:.1f} s)", flush=True)
-
-
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write JSON atomically; a NaN would be an error, since no score is ever NaN."""
     with _atomic(path) as temporary:
@@ -3101,12 +3081,18 @@ def _write_predictions(path: Path, data: DataSplits, results: Mapping[str, tuple
 # =============================================================================
 
 
-def score(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
+SCORES = ("ACC", "balanced ACC", "AUC", "F1", "F1 paper", "sensitivity", "specificity", "Brier")
+
+
+def score(
+    labels: np.ndarray, scores: np.ndarray, *, threshold: float | None = None,
+) -> dict[str, float | None]:
     """Score probabilities against labels with scikit-learn; None means undefined.
 
     Args:
         labels: (N,) class indices, or (N, L) of 0 and 1 for several labels an image.
         scores: (N, C) probabilities; the largest is the prediction (0.5 with several labels).
+        threshold: of sensitivity and specificity, see `choose_threshold`; two classes only.
 
     Returns:
         ACC: share of right answers (with several labels: over all of them, as in MedMNIST).
@@ -3114,27 +3100,49 @@ def score(labels: np.ndarray, scores: np.ndarray) -> dict[str, float | None]:
         AUC: area under the ROC curve; one-vs-rest macro mean with more than two classes.
         F1: macro mean. "F1 paper": as in the authors' notebooks, class 1 with two classes,
         micro (which is ACC) with more.
+        sensitivity, specificity: recall of class 1 and of class 0, class 1 being said from
+        `threshold` on. In COVID-CT class 1 is NonCOVID.
+        Brier: mean squared distance from the truth, halved (Brier 1950; 0 is best, 1 worst).
         An AUC without both kinds of labels, or a mean over such, is None.
     """
     from sklearn import metrics
 
     labels, scores = np.asarray(labels), np.asarray(scores)
     several = labels.ndim == 2
-    present = [len(np.unique(column)) == 2 for column in (
-        labels.T if several else (labels == c for c in range(scores.shape[1])))]
+    truth = labels if several else labels[:, None] == np.arange(scores.shape[1])     # (N, C)
+    present = [len(np.unique(column)) == 2 for column in truth.T]
     options = {"average": "macro"} if several else {"multi_class": "ovr"}
     predicted = (scores > 0.5).astype(int) if several else scores.argmax(1)
-    ranked = scores[:, 1] if scores.shape[1] == 2 and not several else scores
     two = scores.shape[1] == 2 and not several
     f1 = {name: float(metrics.f1_score(labels, predicted, average=average, zero_division=0.0))
           for name, average in (("F1", "macro"), ("F1 paper", "binary" if two else "micro"))}
+    recalls = [None, None]
+    if two and threshold is not None and all(present):
+        recalls = metrics.recall_score(labels, scores[:, 1] >= threshold, average=None).tolist()
+    distance = ((scores.astype(float) - truth) ** 2).sum(1).mean()
     return {
         "ACC": float((labels == predicted).mean()),
         "balanced ACC": None if several or not all(present) else float(
             metrics.balanced_accuracy_score(labels, predicted)),
-        "AUC": float(metrics.roc_auc_score(labels, ranked, **options)) if all(present) else None,
-        **f1,
+        "AUC": float(metrics.roc_auc_score(labels, scores[:, 1] if two else scores, **options))
+        if all(present) else None,
+        **f1, "sensitivity": recalls[1], "specificity": recalls[0],
+        "Brier": float(distance / (scores.shape[1] if several else 2)),
     }
+
+
+def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float | None:
+    """Return the probability of class 1 that separates *validation* images best.
+
+    Best is the largest sensitivity + specificity (Youden 1950). None where there are not two
+    classes, or only one of them is present.
+    """
+    from sklearn.metrics import roc_curve
+
+    if labels.ndim == 2 or scores.shape[1] != 2 or len(np.unique(labels)) != 2:
+        return None
+    false_alarms, sensitivity, thresholds = roc_curve(labels, scores[:, 1])
+    return float(thresholds[1:][(sensitivity - false_alarms)[1:].argmax()])  # the first is inf
 
 
 def pool_by_patient(
@@ -3164,7 +3172,8 @@ def pool_by_patient(
 
 
 def bootstrap_interval(
-    labels: np.ndarray, scores: np.ndarray, metric: str = "AUC", *, level: float = 0.95,
+    labels: np.ndarray, scores: np.ndarray, metric: str = "AUC", *,
+    threshold: float | None = None, groups: np.ndarray | None = None, level: float = 0.95,
     n_draws: int = 1000, seed: int = 0,
 ) -> tuple[float, float] | None:
     """Return the percentile bootstrap interval of one run's score over new test images.
@@ -3173,31 +3182,105 @@ def bootstrap_interval(
     spread between seeds. Draws in which the score is undefined are left out.
 
     Args:
-        labels, scores: as in `score`.
-        metric: a key of `score`.
+        labels, scores, threshold: as in `score`.
+        metric: one of SCORES.
+        groups: (N,) patient ids, "" where unknown: a patient's images are drawn together.
         level: coverage aimed at, in (0, 1).
 
     Returns:
         Lower and upper end, or None where the score itself is undefined.
     """
-    if score(labels, scores)[metric] is None:
+    _choose(metric, SCORES, "metric")
+    weights = _resampling(_units(len(labels), groups), n_draws, seed)
+    values = _weighted_score(metric, labels, scores, weights, threshold)
+    if np.isnan(values[0]):
         return None
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(len(labels), size=len(labels)) for _ in range(n_draws))
-    values = [score(labels[draw], scores[draw])[metric] for draw in draws]
-    values = [v for v in values if v is not None]
-    tail = 100 * (1 - level) / 2
-    low, high = np.percentile(values, [tail, 100 - tail])
+    low, high = np.nanquantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _units(n: int, groups: np.ndarray | None) -> np.ndarray:
+    """Return (N,) int: what is drawn as a whole, the patient where known, else the image."""
+    images = np.array([f"image {i}" for i in range(n)])
+    units = images if groups is None else np.where(groups == "", images, groups)
+    return np.unique(units, return_inverse=True)[1]
+
+
+def _resampling(units: np.ndarray, n_draws: int, seed: int) -> np.ndarray:
+    """Return (N, 1 + n_draws) float32: how often each image is drawn; once in column 0."""
+    rng, n = np.random.default_rng(seed), units.max() + 1
+    draws = (np.bincount(rng.integers(n, size=n), minlength=n)[units] for _ in range(n_draws))
+    return np.stack([np.ones(len(units)), *draws], axis=1, dtype=np.float32)
+
+
+def _weighted_score(
+    metric: str, labels: np.ndarray, scores: np.ndarray, weights: np.ndarray,
+    threshold: float | None = None,
+) -> np.ndarray:
+    """Return (D,) values of `score(...)[metric]`, image i counted weights[i, d] times; or NaN.
+
+    Args:
+        weights: (N, D) whole numbers as float32; their sums stay exact up to 16 million.
+    """
+    several, classes = labels.ndim == 2, scores.shape[1]
+    truth = labels > 0 if several else labels[:, None] == np.arange(classes)         # (N, C)
+    if metric == "AUC":
+        columns = (1,) if classes == 2 and not several else range(classes)
+        return np.mean([_weighted_auc(truth[:, c], scores[:, c], weights) for c in columns], 0)
+    if metric == "Brier":
+        distance = ((scores.astype(float) - truth) ** 2).sum(1) / (classes if several else 2)
+        return distance @ weights / weights.sum(0, dtype=float)
+    cut = metric in ("sensitivity", "specificity")
+    if cut and (threshold is None or several or classes != 2):
+        return np.full(weights.shape[1], np.nan)
+    answer = scores[:, 1] >= threshold if cut else scores.argmax(1)
+    said = scores > 0.5 if several else answer[:, None] == np.arange(classes)
+    hit, true, claimed, same = ((m.T.astype(np.float32) @ weights).astype(float) for m in (
+        truth & said, truth, said, truth == said))                                   # (C, D)
+    with np.errstate(invalid="ignore"):                    # 0 / 0 is NaN: a class without images
+        recall, f1 = hit / true, 2 * hit / (true + claimed)
+        micro = 2 * hit.sum(0) / (true + claimed).sum(0)
+    if metric == "ACC":
+        return same.mean(0) / weights.sum(0) if several else hit.sum(0) / true.sum(0)
+    if metric == "F1":                                     # scikit-learn's mean over what occurs
+        return np.nan_to_num(f1).mean(0) if several else np.nanmean(f1, 0)
+    if metric == "F1 paper":
+        return np.nan_to_num(f1[1] if classes == 2 and not several else micro)
+    recall = np.where((true == 0).any(0) | several, np.nan, recall)
+    return {"sensitivity": recall[-1], "specificity": recall[0], "balanced ACC": recall.mean(0)}[
+        metric]
+
+
+def _weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return (D,) areas under the ROC curve: sorted once, then counted under each weighting.
+
+    The area is the chance that a positive outranks a negative, a tie counting half (Mann and
+    Whitney 1947): for each positive, the weight of the negatives below it and half of its ties.
+    """
+    order = np.argsort(scores)
+    positive, scores = positive[order], scores[order]
+    negatives, positives = weights[order[~positive]], weights[order[positive]]
+    below = np.zeros((len(negatives) + 1, weights.shape[1]), np.float32)
+    np.cumsum(negatives, axis=0, out=below[1:])
+    left, right = (np.searchsorted(scores[~positive], scores[positive], side)
+                   for side in ("left", "right"))
+    wins = (positives * (below[left] + below[right])).sum(0, dtype=float) / 2
+    pairs = positives.sum(0, dtype=float) * below[-1]
+    return np.divide(wins, pairs, out=np.full(len(wins), np.nan), where=pairs > 0)
 
 
 # =============================================================================
 # Results
 # =============================================================================
 
+ESTIMANDS = ("new seed and new test set", "new seed on this test set")
+ESTIMANDS = ("new seed and new test set", "new seed on this test set")
+RATES = ("lr", "backbone_lr")  # may be chosen for each method
+MUST_AGREE = ("test_fingerprint", "dataset_fingerprint", *(
+    f.name for f in dataclasses.fields(FineTuneConfig) if f.name not in RATES))
 RESULT_COLUMNS = (
-    "dataset", "method", "recipe", "label_fraction", "seed", "stamp", "weights", "n_train",
-    "image_size", "epochs", "weights_fingerprint", "test_fingerprint", "subset_fingerprint",
+    "dataset", "method", "label_fraction", "seed", "stamp", "weights", "n_train", *MUST_AGREE,
+    *RATES, "weights_fingerprint", "subset_fingerprint",
 )
 
 
@@ -3215,7 +3298,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
     rows = []
     for path in sorted(Path(folder).rglob("config.json")):
         config = json.loads(path.read_text())
-        row = {name: config.get(name) for name in RESULT_COLUMNS}
+        row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
         done = path.with_name("metrics.json")
         if done.exists():
             metrics = json.loads(done.read_text())
@@ -3229,69 +3312,213 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
 
 
 def compare_methods(
-    runs: pd.DataFrame, metric: str = "AUC", *, control: str = "random",
+    runs: pd.DataFrame, metric: str = "AUC", *, control: str = "random", loss: bool = False,
+    estimand: str = ESTIMANDS[0], per: str = "image", by: Sequence[str] = (),
+    level: float = 0.95, n_draws: int = 500, seed: int = 0,
 ) -> pd.DataFrame:
-    """Summarise finished runs over seeds, and each method's paired difference to the control.
+    """Hold every method against a control, with intervals that say what they are about.
 
-    Differences are taken seed by seed: the same seed means the same labelled images, the same
-    order and the same test set, so what varies alike cancels.
+    Differences are taken seed by seed: the same seed means the same labelled images and the same
+    test images, so what varies alike cancels. Seeds are treated as the readers of a multi-reader
+    study (Obuchowski and Rockette 1995): the variance of a mean over n seeds is sd^2 / n, plus,
+    for a new test set, the covariance that seeds share because they met the same test images.
+    That covariance is bootstrapped, all runs on the same draws of patients or images. Quantiles
+    are Student's, of both parts weighted by their variance (Cochran and Cox 1957); coverage is
+    shown by bench/simulate_studies.py. Neither estimand speaks of another pool of training images.
 
     Args:
         runs: from `load_runs`; unfinished runs are left out.
-        metric: a score's column, in [0, 1].
+        metric: one of SCORES (of Brier, less is better).
         control: the method to subtract.
+        loss: compare what is lost from all labels to each smaller fraction, not the score itself.
+        estimand: one of ESTIMANDS, what an interval covers and a p value tests. A seed stands for
+            the choice of labelled images, the head and the order of training.
+        per: "image", or "patient": probabilities averaged, see `pool_by_patient`.
+        by: columns to keep apart that would else have to agree, such as "recipe".
+        level: of the intervals, in (0, 1).
 
     Returns:
-        One row per dataset, recipe, label_fraction and method: n seeds, mean, sd (None with one
-        seed, and where a score is undefined), and n_pairs, difference, difference_sd.
+        A row per dataset, `by`, label_fraction and method: n_test (patients where known, else
+        images), n seeds, mean, sd, [low, high], values; n_pairs, difference to the control, its
+        sd and interval, p, p_holm (Holm 1979, over all differences of this table), and
+        detectable: the difference that would have been shown with a chance of 80 % at Holm's
+        strictest level. NaN is undefined; one seed has no spread. What was asked for is in
+        `.attrs`; `describe_comparison` puts the table into words.
 
     Raises:
-        ValueError: runs that must not be mixed (demo with real, different test sets, sizes or
-            subsets), or an unknown metric or control.
+        ValueError: runs that must not be mixed, or an unknown metric, control or column.
     """
+    from statsmodels.stats.multitest import multipletests
+
     done = runs[runs["status"] == "done"]
-    _choose(metric, [c for c in ("ACC", "balanced ACC", "AUC", "F1", "F1 paper") if c in done],
-            "metric")
-    _refuse_mixing(done)
-    cell = ["dataset", "recipe", "label_fraction"]
+    for value, options, what in ((metric, SCORES, "metric"), (estimand, ESTIMANDS, "estimand"),
+                                 (per, ("image", "patient"), "per")):
+        _choose(value, options, what)
+    _refuse_mixing(done, by)
+    cell = ["dataset", *by, "label_fraction", "n_test"]
+    draws = _draw_scores(done, [*cell, "method", "seed"], metric, per, n_draws, seed)
+    if loss:
+        draws = _losses(draws) * (-1 if metric == "Brier" else 1)
+    family = len(draws.groupby([*cell, "method"])) - len(draws.groupby(cell))
+    infer = functools.partial(_infer, level=level, family=family, images=estimand == ESTIMANDS[0])
     rows = []
-    for key, group in done.groupby(cell):
-        wide = group.pivot(index="seed", columns="method", values=metric).astype(float)
-        if control not in wide:
+    for key, part in draws.groupby(cell):
+        seeds = {m: p.droplevel([*cell, "method"]) for m, p in part.groupby("method")}
+        if control not in seeds:
             raise ValueError(f"No run of the control {control!r} for {dict(zip(cell, key))}. "
-                             f"Run it, or choose a control among: {', '.join(wide)}.")
-        for method in wide:
-            values = wide[method][group.set_index("method").loc[[method], "seed"]]
-            paired = (wide[method] - wide[control]).dropna()
-            rows.append({**dict(zip(cell, key)), "method": method, "n": len(values),
-                         "mean": values.mean(skipna=False), "sd": values.std(skipna=False),
-                         "n_pairs": len(paired), "difference": paired.mean(),
-                         "difference_sd": paired.std()})
-    table = pd.DataFrame(rows)
+                             f"Run it, or choose a control among: {', '.join(seeds)}.")
+        for method, x in seeds.items():
+            pairs = x.sub(seeds[control]).dropna(how="all")[:None if method != control else 0]
+            own, other = (infer(a.to_numpy(), key[-1]) for a in (x, pairs))
+            rows.append({
+                **dict(zip(cell, key)), "method": method, "n": len(x),
+                **{k: own[k] for k in ("mean", "sd", "low", "high")}, "values": tuple(x[0]),
+                "n_pairs": len(pairs), "difference": other["mean"], "difference_sd": other["sd"],
+                "difference_low": other["low"], "difference_high": other["high"],
+                "p": other["p"], "p_holm": np.nan, "detectable": other["detectable"]})
     order = {name: i for i, name in enumerate(METHOD_COLORS)}
-    return table.sort_values([*cell, "method"], key=lambda c: c.map(order) if c.name == "method"
-                             else c, ignore_index=True)
+    table = pd.DataFrame(rows).sort_values(
+        [*cell, "method"], key=lambda c: c.map(order) if c.name == "method" else c,
+        ignore_index=True)
+    tested = table["p"].notna()
+    if tested.any():
+        table.loc[tested, "p_holm"] = multipletests(table.loc[tested, "p"], method="holm")[1]
+    table.attrs = {"metric": metric, "control": control, "loss": loss, "estimand": estimand,
+                   "per": per, "by": list(by), "level": level, "stamp": done["stamp"].iloc[0]}
+    return table
 
 
-def _refuse_mixing(done: pd.DataFrame) -> None:
+def _draw_scores(
+    done: pd.DataFrame, index: list[str], metric: str, per: str, n_draws: int, seed: int,
+) -> pd.DataFrame:
+    """Return a row a run: its score in column 0, then under each draw of the test images."""
+    values, weights = {}, {}
+    for row, run in done.iterrows():
+        with np.load(run["folder"] / "predictions.npz", allow_pickle=False) as file:
+            test, val = ([file[f"{prefix}{name}"] for name in ("labels", "scores", "groups")]
+                         for prefix in ("", "val_"))
+        if per == "patient":
+            test, val = ([*pool_by_patient(*part), None] for part in (test, val))
+        labels, scores, groups = test
+        if len(labels) == 0:
+            raise ValueError(f"No patient of {run['dataset']} is known. Compare per image.")
+        key = run["test_fingerprint"]
+        if key not in weights:
+            weights[key] = _resampling(_units(len(labels), groups), n_draws, seed)
+        values[row] = _weighted_score(metric, labels, scores, weights[key],
+                                      choose_threshold(*val[:2]))
+    n_test = {key: int(w[:, 0].sum()) for key, w in weights.items()}
+    levels = done.assign(n_test=done["test_fingerprint"].map(n_test))[index]
+    return pd.DataFrame(np.stack(list(values.values())), pd.MultiIndex.from_frame(levels))
+
+
+def _losses(draws: pd.DataFrame) -> pd.DataFrame:
+    """Subtract every run from the run of the same method and seed that had all labels."""
+    fraction = draws.index.get_level_values("label_fraction")
+    full, rest = draws[fraction == 1].droplevel("label_fraction"), draws[fraction < 1]
+    if full.empty or rest.empty:
+        raise ValueError("A loss needs runs with all labels (label_fraction 1) and with fewer; "
+                         f"found the fractions {sorted(set(fraction))}.")
+    partner = rest.index.droplevel("label_fraction")
+    rest, partner = rest[partner.isin(full.index)], partner[partner.isin(full.index)]
+    return full.loc[partner].to_numpy() - rest
+
+
+def _infer(
+    x: np.ndarray, n_test: int, *, level: float, family: int, images: bool,
+) -> dict[str, float]:
+    """Estimate a mean over seeds from (n, 1 + D) values and draws; see `compare_methods`."""
+    from scipy import optimize, special
+
+    found = dict.fromkeys(("mean", "sd", "low", "high", "p", "detectable"), np.nan)
+    n, values, draws = len(x), x[:, 0], x[:, 1:]
+    if n == 0 or np.isnan(values).any():
+        return found
+    found["mean"] = values.mean()
+    if n == 1:
+        return found
+    cov = np.atleast_2d(np.cov(draws[:, ~np.isnan(draws).any(0)]))
+    parts = np.array([values.var(ddof=1) / n,
+                      max(0.0, (cov.sum() - cov.trace()) / (n * (n - 1))) if images else 0.0])
+    error = math.sqrt(parts.sum())
+
+    def quantile(tail: float) -> float:
+        return -(parts @ special.stdtrit([n - 1, n_test - 1], tail)) / parts.sum()
+
+    found |= {"sd": values.std(ddof=1), "p": np.nan if found["mean"] else 1.0}
+    if error > 0:
+        half, size = quantile((1 - level) / 2) * error, abs(found["mean"]) / error
+        certain = quantile(5e-13) < size
+        found |= {
+            "low": found["mean"] - half, "high": found["mean"] + half,
+            "p": 1e-12 if certain else optimize.brentq(lambda p: quantile(p / 2) - size, 1e-12, 1),
+            "detectable": (quantile((1 - level) / 2 / max(family, 1)) + quantile(0.2)) * error}
+    return found
+
+
+def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
     """Raise ValueError if the runs cannot stand in one comparison, naming what differs."""
+    if done.empty:
+        raise ValueError("None of these runs is finished, so there is nothing to compare.")
     if done["stamp"].nunique() > 1:
         raise ValueError(f"These runs mix {sorted(s or 'real' for s in done['stamp'].unique())}: "
                          "demo or shortened runs are never compared with real ones. "
                          "Keep each kind in a study of its own.")
-    cell = ["dataset", "recipe"]
-    for column in ("test_fingerprint", "image_size", "epochs"):
-        for key, group in done.groupby(cell):
-            if group[column].nunique() > 1:
-                raise ValueError(f"Runs of {key} differ in {column}: "
-                                 f"{sorted(group[column].unique())}. Compare like with like.")
-    for key, group in done.groupby([*cell, "label_fraction", "seed"]):
+    for column in by:
+        _choose(column, MUST_AGREE, "by")
+    apart = ["dataset", *by]
+    trained = done[done["method"] != "random"]  # whose weights are drawn anew with each seed
+    for table, keys, columns in ((done, apart, [c for c in MUST_AGREE if c not in by]),
+                                 (done, [*apart, "method"], RATES),
+                                 (trained, [*apart, "method"], ["weights_fingerprint"])):
+        for key, group in table.groupby(keys, dropna=False):
+            for column in columns:
+                if len(found := group[column].unique()) > 1:
+                    way = f", or keep them apart with by=[{column!r}]" if keys is apart else ""
+                    raise ValueError(f"Runs of {', '.join(map(str, key))} differ in {column}: "
+                                     f"{sorted(map(str, found))}. Compare like with like{way}.")
+    for key, group in done.groupby([*apart, "label_fraction", "seed"]):
         if group["subset_fingerprint"].nunique() > 1:
             raise ValueError(f"Runs of {key} were trained on different labelled images.")
         twice = group[group["method"].duplicated()]["method"]
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} was run twice for {key} with different settings: "
                              f"{', '.join(p.name for p in group['folder'])}. Keep one.")
+
+
+def describe_comparison(table: pd.DataFrame) -> str:
+    """Say in plain words what a table of `compare_methods` shows, and what it does not show."""
+    facts = table.attrs
+    metric, control, alpha = facts["metric"], facts["control"], 1 - facts["level"]
+    others = table[table["method"] != control]
+    lines = [f"{facts['stamp']} {metric}{' lost' * facts['loss']} per {facts['per']}, held against "
+             f"{control}; {facts['level']:.0%} intervals for a {facts['estimand']}; p after Holm's "
+             f"correction for {others['p'].count()} comparisons.".lstrip()]
+    for key, whole in table.groupby(["dataset", *facts["by"], "label_fraction"], sort=False):
+        part = whole[whole["method"] != control]
+        where = f"{', '.join(map(str, key[:-1]))}, {key[-1]:g} of the labels:"
+        shown = part[part["p_holm"] < alpha]
+        for row in shown.itertuples():
+            better = "better" if (row.difference > 0) != (metric == "Brier") else "worse"
+            verb = "loses more" if row.difference > 0 else "loses less"
+            lines.append(f"{where} {row.method} {verb if facts['loss'] else f'is {better}'} than "
+                         f"{control}, {row.difference:+.3f} [{row.difference_low:+.3f}, "
+                         f"{row.difference_high:+.3f}], p = {row.p_holm:.2g}, {row.n_pairs} seeds.")
+        unclear = part[part["p_holm"] >= alpha]
+        if len(unclear):
+            lines.append(f"{where} no difference shown between {control} and "
+                         f"{', '.join(unclear['method'])}. This many seeds and test images show a "
+                         f"difference of {unclear['detectable'].max():.2f} four times in five.")
+        undefined = part[part["p_holm"].isna()]["method"]
+        if len(undefined):
+            lines.append(f"{where} {', '.join(undefined)}: nothing can be said. That takes two "
+                         "seeds shared with the control, and a defined score.")
+        if facts["loss"] and whole["mean"].notna().all():
+            least = whole.loc[whole["mean"].idxmin(), "method"]
+            proven = least == control and len(shown) == len(part)
+            lines.append(f"{where} {least} has the smallest mean loss, {whole['mean'].min():+.3f}; "
+                         f"that {control} loses least is {'' if proven else 'not '}shown.")
+    return "\n".join(lines)
 
 
 # =============================================================================
@@ -3398,6 +3625,12 @@ def plot_history(run: Run) -> Figure:
     rows, config = run.history, run.config
     if "lr_candidate" in rows:
         rows = rows[rows["lr_candidate"] == run.metrics["lr"]]
+    title = _titled(f"{config['method']} on {config['dataset']}", run.stamp)
+    return _draw_history(rows, title, run.metrics["best_epoch"])
+
+
+def _draw_history(rows: pd.DataFrame, title: str, chosen: int | None = None) -> Figure:
+    """Draw losses and scores; `rows` of a linear evaluation go over C instead of epochs."""
     x, unit = ("C", "inverse L2 strength C") if "C" in rows else ("epoch", "epoch")
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
     for name, label, style in (("train_loss", "training", "--"), ("val_loss", "validation", "-")):
@@ -3407,13 +3640,14 @@ def plot_history(run: Run) -> Figure:
         right.plot(rows[x], rows[name].astype(float), marker="o", ms=3, color=color,
                    label=f"validation {name[4:]}")
     for axis, text in ((left, "cross-entropy"), (right, "score")):
-        axis.axvline(rows[x][run.metrics["best_epoch"]], color="0.6", lw=1, label="chosen")
+        if chosen is not None:
+            axis.axvline(rows[x][chosen], color="0.6", lw=1, label="chosen")
         axis.set(xlabel=unit, ylabel=text, xscale="log" if x == "C" else "linear")
         if x == "epoch":
             axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8)
     right.set_ylim(0, 1.02)
-    figure.suptitle(_titled(f"{config['method']} on {config['dataset']}", run.stamp), fontsize=10)
+    figure.suptitle(title, fontsize=10)
     plt.close(figure)
     return figure
 
@@ -3434,31 +3668,33 @@ def plot_confusion(run: Run) -> Figure:
     return figure
 
 
-def plot_label_fractions(runs: pd.DataFrame, metric: str = "AUC") -> Figure:
-    """Draw a test score over the label fraction, a line a method: mean over seeds, every run.
+def plot_label_fractions(table: pd.DataFrame) -> Figure:
+    """Draw a test score over the label fraction, a line a method: mean, interval, every seed.
 
     Args:
-        runs: from `load_runs`, of one dataset and one recipe.
+        table: from `compare_methods`, rows of one data set.
     """
-    table = compare_methods(runs, metric)
+    facts, n_test = table.attrs, table["n_test"].iloc[0]
     figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    spread = np.linspace(0.97, 1.03, table["method"].nunique())
+    spread = np.linspace(0.96, 1.04, table["method"].nunique())
     for nudge, (method, rows) in zip(spread, table.groupby("method", sort=False)):
-        color = METHOD_COLORS.get(method)
-        axis.plot(rows["label_fraction"] * nudge, rows["mean"], "-o", color=color, label=method)
-        single = runs[(runs["method"] == method) & (runs["status"] == "done")]
-        axis.plot(single["label_fraction"] * nudge, single[metric].astype(float), ".",
-                  color=color, alpha=0.4)
+        x, color = rows["label_fraction"] * nudge, METHOD_COLORS.get(method)
+        axis.errorbar(x, rows["mean"], (rows["mean"] - rows["low"], rows["high"] - rows["mean"]),
+                      fmt="-o", color=color, label=method, lw=1.2, ms=4, capsize=2)
+        single = rows.assign(x=x)[["x", "values"]].explode("values").astype(float)
+        axis.plot(single["x"], single["values"], ".", color=color, alpha=0.4, ms=4)
     fractions = sorted(table["label_fraction"].unique())
     axis.set_xscale("log")
     axis.set_xticks(fractions, [f"{f:g}" for f in fractions])
     axis.minorticks_off()
-    axis.set(xlabel="share of the training labels", ylabel=f"test {metric}")
+    axis.set(xlabel="share of the training labels", ylabel=f"test {facts['metric']}")
     axis.legend(fontsize=8, ncols=2)
     low, high = table["n"].min(), table["n"].max()
     seeds = f"{low}" if low == high else f"{low} to {high}"
-    axis.set_title(_titled(f"{table['dataset'].iloc[0]}: mean and single runs, "
-                           f"{seeds} seeds each", runs["stamp"].iloc[0]), fontsize=10)
+    unit = "patients" if facts["per"] == "patient" else "test patients or images"
+    axis.set_title(_titled(
+        f"{table['dataset'].iloc[0]}: mean of {seeds} seeds, dots are seeds, {n_test} {unit}\n"
+        f"{facts['level']:.0%} interval for a {facts['estimand']}", facts["stamp"]), fontsize=9)
     plt.close(figure)
     return figure
 
@@ -3482,37 +3718,36 @@ def write_demo_checkpoint(
 ) -> Path:
     """Write a stand-in: a checkpoint with random weights in the layout of a method's file.
 
-    Names, dtypes, wrapper keys and backbone shapes are those of a file that the authors' code
-    writes; auxiliary tensors are small. A mark in the wrapper keeps it from passing as published.
+    Names, dtypes, wrapper keys and backbone shapes are those that the authors' code writes;
+    auxiliary tensors are small. A mark in the wrapper keeps it from passing as published.
 
     Args:
         method: BYOL, SwAV, MoCo or SparK.
-        folder: where to write; the file gets the name of the published one.
+        folder: where to write; the file gets the published one's name.
         seed: of the random numbers, which differ between methods anyway.
-        variant: "published"; for MoCo also "mlp head" and "no head"; for SparK
-            "still pre-training". ("published" MoCo has the one-layer head of the authors' README.)
+        variant: "published"; for MoCo also "linear head" and "no head" ("published" has the MLP
+            head, on which the authors' README snippet runs), for SparK "still pre-training".
     Returns:
         The path.
     """
     _choose(method, METHODS, "method")
-    variants = {"MoCo": ("published", "mlp head", "no head"),
-                "SparK": ("published", "still pre-training")}
-    _choose(variant, variants.get(method, ("published",)), f"variant of {method}")
-    generator = torch.Generator().manual_seed(1000 * METHODS.index(method) + seed)
-    backbone = _demo_backbone(generator)
-    state = {"BYOL": _demo_byol, "SwAV": _demo_swav, "MoCo": _demo_moco, "SparK": _demo_spark}[
-        method](backbone, variant)
-    if method == "SparK":
-        wrapper = {"arch": "resnet50", "module": state, "is_pretrain": True}
-        if variant != "published":
-            wrapper |= {"args": "", "epoch": 1, "performance_desc": "", "optimizer": {}}
-    else:
-        wrapper = {"epoch": 1, "global_step": 1, "pytorch-lightning_version": "1.6.5",
-                   "state_dict": state, "loops": {}, "callbacks": {}, "optimizer_states": [],
-                   "lr_schedulers": [], "hparams_name": "kwargs", "hyper_parameters": {}}
-        if method == "SwAV":
-            wrapper["NativeMixedPrecisionPlugin"] = {}
-    wrapper[STAND_IN_MARK] = f"random weights (seed {seed}) in the layout of a {method} checkpoint"
+    others = {"MoCo": ("linear head", "no head"), "SparK": ("still pre-training",)}
+    _choose(variant, ("published", *others.get(method, ())), f"variant of {method}")
+    backbone = _demo_backbone(torch.Generator().manual_seed(len(METHODS) * seed
+                                                            + METHODS.index(method)))
+    state: dict[str, Any] = OrderedDict()
+    for prefix, part in _demo_parts(method, variant):
+        if part == "backbone":
+            state |= {prefix + name: tensor for name, tensor in backbone.items()}
+        elif part == "second backbone":
+            state |= {prefix + name: torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype)
+                      for name, tensor in backbone.items()}
+        elif isinstance(part, nn.Module):
+            state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
+        else:
+            state[prefix] = part
+    wrapper = _demo_wrapper(method, variant, state)
+    wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
     path = Path(folder) / CHECKPOINTS[method].filename
     with _atomic(path) as temporary:
         torch.save(wrapper, temporary)
@@ -3523,95 +3758,85 @@ def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
     """318 random tensors: He's initialisation, BatchNorm moved a little so that nothing is fresh."""
     state = {}
     for name, blank in _backbone_layout().items():
-        if blank.dim() == 4:
-            state[name] = torch.randn(blank.shape, generator=generator) * _fresh_std(blank)
-        elif name.endswith("num_batches_tracked"):
+        if name.endswith("num_batches_tracked"):
             state[name] = torch.tensor(1)
+        elif blank.dim() == 4:
+            state[name] = torch.randn(blank.shape, generator=generator) * _fresh_std(blank)
         else:
             centre = float(name.endswith(("weight", "running_var")))
             state[name] = centre + 0.05 * torch.rand(blank.shape, generator=generator)
-    return OrderedDict(state)
-
-
-def _named(prefix: str, module: nn.Module) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{name}": value for name, value in module.state_dict().items()}
-
-
-def _small(backbone: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """A second encoder's names with one number each."""
-    return {f"{prefix}{name}": value.reshape(-1)[:1].reshape((1,) * value.dim()).clone()
-            for name, value in backbone.items()}
-
-
-def _demo_mlp(bias: bool) -> nn.Module:
-    """Projector of the contrastive methods: linear, BatchNorm, ReLU, linear."""
-    return nn.Sequential(nn.Linear(2, 2, bias=bias), nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(2, 2, bias=True))
-
-
-def _demo_byol(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
-    state = OrderedDict()
-    for network in ("online_network.", "target_network."):
-        online = network == "online_network."
-        state |= ({f"{network}encoder.{k}": v for k, v in backbone.items()} if online
-                  else _small(backbone, f"{network}encoder."))
-        for part in ("projector", "predictor"):
-            mlp = _named(f"{network}{part}.model.", _demo_mlp(bias=False))
-            state |= mlp
     return state
 
 
-def _demo_swav(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
-    return OrderedDict({f"model.{k}": v for k, v in backbone.items()}
-                       | _named("model.projection_head.", _demo_mlp(bias=True))
-                       | _named("model.prototypes.", nn.Linear(2, 2, bias=False)))
+def _demo_parts(method: str, variant: str) -> list[tuple[str, Any]]:
+    """What stands in a method's state_dict, in order: (prefix or key, part)."""
+    mlp = nn.Sequential(nn.Linear(2, 2, bias=method == "SwAV"), nn.BatchNorm1d(2), nn.ReLU(),
+                        nn.Linear(2, 2))
+    if method == "BYOL":
+        return [part for network, encoder in (("online", "backbone"), ("target", "second backbone"))
+                for part in ((f"{network}_network.encoder.", encoder),
+                             (f"{network}_network.projector.model.", mlp),
+                             (f"{network}_network.predictor.model.", mlp))]
+    if method == "SwAV":
+        return [("model.", "backbone"), ("model.projection_head.", mlp),
+                ("model.prototypes.", nn.Linear(2, 2, bias=False))]
+    if method == "MoCo":  # the linear head in its real shape, on which the authors' snippet raises
+        head = {"published": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)),
+                "linear head": nn.Linear(2048, 128), "no head": nn.Identity()}[variant]
+        queues = [(f"{name}queue{end}", torch.zeros((1,) if end else (2, 2),
+                                                    dtype=torch.int64 if end else torch.float32))
+                  for name in ("", "val_") for end in ("", "_ptr")]
+        return [*queues, ("encoder_q.", "backbone"), ("encoder_q.fc.", head),
+                ("encoder_k.", "second backbone"), ("encoder_k.fc.", head)]
+    return [("", "backbone")] if variant == "published" else _demo_still_pretraining()
 
 
-def _demo_moco(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, torch.Tensor]:
-    # fc.weight keeps its real shape: it is what makes the authors' snippet raise
-    head = {"published": nn.Linear(2048, 128), "no head": nn.Identity(),
-            "mlp head": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))}[variant]
-    queues = {name + end: torch.zeros((2, 2) if not end else 1, dtype=torch.int64 if end else None)
-              for name in ("queue", "val_queue") for end in ("", "_ptr")}
-    return OrderedDict(queues | {f"encoder_q.{k}": v for k, v in backbone.items()}
-                       | _named("encoder_q.fc.", head)
-                       | _small(backbone, "encoder_k.") | _named("encoder_k.fc.", head))
+def _demo_still_pretraining() -> list[tuple[str, Any]]:
+    """What stands in SparK's `..._still_pretraining.pth`: buffers, encoder, decoder, settings."""
+    one = torch.zeros(1, 1, 1, 1)
+    convs = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1), nn.ReLU6(),
+                          nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1))
+    decoder = [(f"dense_decoder.dec.{i}.{name}", part) for i in range(5) for name, part in (
+        ("up_sample.", nn.ConvTranspose2d(1, 1, 4)), ("conv.", convs))]
+    return [("imn_m", one), ("imn_s", one), ("norm_black", one),
+            ("sparse_encoder.sp_cnn.", "backbone"), *decoder,
+            ("dense_decoder.proj.", nn.Conv2d(1, 1, 1)),
+            *((f"densify_norms.{i}.", nn.BatchNorm2d(1)) for i in range(4)),
+            *((f"densify_projs.{i}.", nn.Conv2d(1, 1, 1)) for i in range(4)),
+            *((f"mask_tokens.{i}", one) for i in range(4)),
+            ("config", {"mask_ratio": 0.6, "hierarchy": 4})]
 
 
-def _demo_spark(backbone: Mapping[str, torch.Tensor], variant: str) -> dict[str, Any]:
+def _demo_wrapper(method: str, variant: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The dictionary around a state_dict, as Lightning 1.6 and SparK's code write it."""
+    if method != "SparK":
+        mixed = {"NativeMixedPrecisionPlugin": {}} if method == "SwAV" else {}
+        return {"epoch": 1, "global_step": 1, "pytorch-lightning_version": "1.6.5",
+                "state_dict": state, "loops": {}, "callbacks": {}, "optimizer_states": [],
+                "lr_schedulers": [], **mixed, "hparams_name": "kwargs", "hyper_parameters": {}}
     if variant == "published":
-        return OrderedDict(backbone)
-    state = {name: torch.zeros(1, 1, 1, 1) for name in ("imn_m", "imn_s", "norm_black")}
-    state |= {f"sparse_encoder.sp_cnn.{k}": v for k, v in backbone.items()}
-    for i in range(5):
-        block = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1), nn.ReLU6(),
-                              nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1))
-        state |= _named(f"dense_decoder.dec.{i}.up_sample.", nn.ConvTranspose2d(1, 1, 4))
-        state |= _named(f"dense_decoder.dec.{i}.conv.", block)
-    state |= _named("dense_decoder.proj.", nn.Conv2d(1, 3, 1))
-    for i in range(4):
-        state |= _named(f"densify_norms.{i}.", nn.BatchNorm2d(1))
-    for i in range(4):
-        state |= _named(f"densify_projs.{i}.", nn.Conv2d(1, 1, 1))
-    state |= {f"mask_tokens.{i}": torch.zeros(1, 1, 1, 1) for i in range(4)}
-    return OrderedDict(state | {"config": {"mask_ratio": 0.6, "hierarchy": 4}})
+        return {"arch": "resnet50", "module": state, "is_pretrain": True}
+    return {"args": "", "arch": "resnet50", "epoch": 1, "performance_desc": "", "module": state,
+            "optimizer": {}, "is_pretrain": True}
 
 # --- end of stand-ins ---
 
 
 import os as _os
 import os as _os
-SLICES_PER_PATIENT = int(_os.environ.get("SPP", 2))
-G0, G1, R0, R1, LV, N0, N1 = map(float, _os.environ.get("PHX", "60,100,0.12,0.19,0.08,2,4").split(","))
+import os as _os
+SLICES_PER_PATIENT = 2
 
 
 def demo_data(
     seed: int = 0, *, n_train: int = 240, n_val: int = 80, n_test: int = 160, image_size: int = 64,
 ) -> DataSplits:
-    """Draw CT-like axial chest slices; in class 1 a lung holds a patch of ground-glass opacity.
+    """Draw CT-like axial chest slices; class 1 has patches of ground glass under the pleura.
 
-    Each patient has four neighbouring slices and stays in one split; classes are balanced.
-    Brightness, lung density, noise and vessels vary more from patient to patient than a lesion
-    changes them, so that the lesion has to be seen: no intensity statistic gives it away.
+    Each patient has two neighbouring slices and stays in one split; classes are balanced. Window
+    level, lung density, body shape, vessels and noise vary from patient to patient, and healthy
+    lungs are hazier all over, so that no intensity statistic gives the class away: the patches
+    have to be seen.
 
     Args:
         seed: the same seed, sizes and `image_size` give the same bytes.
@@ -3627,43 +3852,71 @@ def demo_data(
     pixels = parts["train"].images / 255
     return DataSplits(
         name="phantom", **parts, class_names=("clear lungs", "ground glass"),
-        mean=(float(pixels.mean()),) * 3, std=(float(pixels.std()),) * 3,
-        source=f"procedural CT-like slices drawn by demo_data(seed={seed}); no patient, no licence",
-        demo=True,
+        mean=(float(pixels.mean()),) * 3, std=(float(pixels.std()),) * 3, demo=True,
+        source=f"CT-like slices drawn by demo_data(seed={seed}): no patients, no licence",
     )
 
 
 def _phantom_split(seed: int, number: int, n: int, size: int) -> Split:
     """Draw the `n` slices of split `number` (0 train, 1 val, 2 test)."""
-    images, labels, ids, groups = [], [], [], []
+    images, labels, ids, groups = np.zeros((n, size, size), np.uint8), [], [], []
     for i in range(n):
         patient, slice_ = divmod(i, SLICES_PER_PATIENT)
         if slice_ == 0:
             rng = np.random.default_rng([seed, number, patient])
             body = _phantom_patient(rng)
-        images.append(_phantom_slice(body, slice_, patient % 2 == 1, rng, size))
+        images[i] = _phantom_slice(body, slice_, patient % 2 == 1, rng, size)
         labels.append(patient % 2)
-        groups.append(f"phantom-{'abc'[number]}{patient:03d}")
+        groups.append(f"{SPLITS[number]}-patient{patient:03d}")
         ids.append(f"{groups[-1]}-slice{slice_}")
-    shape = (n, size, size)
-    return Split(np.array(images, np.uint8).reshape(shape), np.array(labels, np.int64),
-                 np.array(ids), np.array(groups))
+    return Split(images, np.array(labels, np.int64), np.array(ids), np.array(groups))
 
 
 def _phantom_patient(rng: np.random.Generator) -> dict[str, Any]:
-    """Draw what the slices of one patient share; lengths in units of half the image side."""
+    """Choose what a patient's slices share; lengths in units of half the image's side."""
+    first = rng.integers(2)                                          # patches: each lung in turn
     patches = [((-1, 1)[(first + i) % 2], rng.uniform(-1.2, 1.7), rng.uniform(0.5, 0.9),
-                rng.uniform(R0, R1)) for first in [rng.integers(2)] for i in range(rng.integers(N0, N1 + 1))]
+                rng.uniform(0.12, 0.175)) for i in range(rng.integers(3, 5))]
     return {
-        "width": rng.uniform(0.80, 0.93), "height": rng.uniform(0.60, 0.74),
-        "fat": rng.uniform(0.03, 0.10), "shift": rng.normal(0, 0.025, 2),
-        "turn": rng.normal(0, 0.05), "level": rng.uniform(1 - LV, 1 + LV),
-        "lung": rng.uniform(30, 60), "tissue": rng.uniform(140, 170), "bone": rng.uniform(225, 255),
-        "noise": rng.uniform(4, 9), "z": rng.uniform(-0.6, 0.6), "heart": rng.uniform(0.24, 0.33),
-        "hilum": rng.uniform(-0.06, 0.08), "dependent": rng.uniform(5, 40),
-        "patches": patches,
-        "lesion_gain": rng.uniform(G0, G1),
+        "patches": patches, "opacity": rng.uniform(80, 120),
+        "width": rng.uniform(0.74, 0.95), "height": rng.uniform(0.54, 0.76),
+        "fat": rng.uniform(0.03, 0.15), "shift": rng.normal(0, 0.025, 2),
+        "level": rng.uniform(0.90, 1.10), "z": rng.uniform(-0.6, 0.6),
+        "air": rng.uniform(0.82, 1.06), "heart": rng.uniform(0.20, 0.40),
+        "hilum": rng.uniform(-0.06, 0.08), "lung": rng.uniform(30, 60),
+        "gravity": rng.uniform(5, 40), "tissue": rng.uniform(140, 170),
+        "bone": rng.uniform(225, 255), "noise": rng.uniform(3, 6.5),
     }
+
+
+def _phantom_slice(body: Mapping[str, Any], number: int, ill: bool, rng: np.random.Generator,
+                   size: int) -> np.ndarray:
+    """Draw one slice, (size, size) uint8, from outside in."""
+    z = body["z"] + 0.12 * number                                    # further down: more heart
+    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
+    x, y = np.meshgrid(axis - body["shift"][0], axis - body["shift"][1])
+    w, h, tissue = body["width"], body["height"], body["tissue"]
+    table = _ellipse(x, y, 0, h + 1.25, 2.2, 1.2) * (1 - _ellipse(x, y, 0, h + 1.29, 2.2, 1.2))
+    image = 4 + 60 * table
+
+    def paint(mask: np.ndarray, value: float | np.ndarray) -> None:
+        image[:] = image * (1 - mask) + value * mask
+
+    paint(_ellipse(x, y, 0, 0, w, h, 2.3), tissue * 0.78)            # skin and fat
+    w, h = w - body["fat"], h - body["fat"] * 0.8
+    paint(_ellipse(x, y, 0, 0, w, h, 2.2), tissue)                   # muscle
+    _paint_bones(paint, x, y, w, h, body["bone"], rng)
+    lungs = _phantom_lungs(x, y, w, h, z, body)
+    density = body["lung"] + 4 * _smooth_noise(rng, size, 0.05)
+    density += body["gravity"] * np.clip(y / h, 0, 1) ** 2
+    density = np.maximum(density, _phantom_vessels(body, rng, size))
+    haze = _phantom_haze(x, y, w, h, body, number, rng, size)
+    density += haze if ill else 0.7 * (haze * lungs).sum() / lungs.sum()
+    paint(lungs, np.minimum(density, tissue * 1.02))
+    for cx in [0.0] if z < -0.25 else [-0.07, 0.07] if z < 0.1 else []:
+        paint(_ellipse(x, y, cx, -0.02, 0.045, 0.05), 12.0)          # trachea or main bronchi
+    paint(_ellipse(x, y, 0.11, 0.42 * h, 0.06, 0.06), tissue * 1.06)  # aorta
+    return _phantom_scanner(image, y, body, rng)
 
 
 def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: float,
@@ -3676,125 +3929,90 @@ def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: 
 def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
     """Return smooth noise (size, size), mean 0, sd 1; `scale` is its grain as share of the side."""
     from scipy.ndimage import gaussian_filter
+
     noise = rng.standard_normal((size, size), np.float32)
     noise = gaussian_filter(noise, scale * size, mode="wrap")
     return (noise - noise.mean()) / noise.std()
 
 
-def _phantom_slice(body: Mapping[str, Any], number: int, lesion: bool,
-                   rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draw one slice, (size, size) uint8, from outside in."""
-    z = body["z"] + 0.12 * number                               # caudal slices: more heart
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
-    x, y = np.meshgrid(axis, axis)
-    x, y = x - body["shift"][0], y - body["shift"][1]
-    cos, sin = math.cos(body["turn"]), math.sin(body["turn"])
-    x, y = cos * x + sin * y, cos * y - sin * x
-    w, h = body["width"], body["height"]
-    image = np.full((size, size), 4.0, np.float32)
-    image += 60 * _ellipse(x, y, 0, h + 1.25, 2.2, 1.2) * (1 - _ellipse(x, y, 0, h + 1.29, 2.2, 1.2))
-
-    def paint(mask: np.ndarray, value: float | np.ndarray) -> None:
-        image[:] = image * (1 - mask) + value * mask
-
-    tissue, bone = body["tissue"], body["bone"]
-    paint(_ellipse(x, y, 0, 0, w, h, 2.3), tissue * 0.78)                        # skin and fat
-    wall_w, wall_h = w - body["fat"], h - body["fat"] * 0.8
-    paint(_ellipse(x, y, 0, 0, wall_w, wall_h, 2.2), tissue)                     # muscle
-    lungs = _phantom_lungs(x, y, wall_w, wall_h, z, body)
-    _phantom_bones(paint, x, y, wall_w, wall_h, bone, rng)
-    air = body["lung"] + 4 * _smooth_noise(rng, size, 0.05)
-    air = air + body["dependent"] * np.clip(y / wall_h, 0, 1) ** 2               # gravity
-    air = np.maximum(air, _phantom_vessels(body, tissue, rng, size))
-    haze = _phantom_lesion(x, y, wall_w, wall_h, body, number, rng, size)
-    if not lesion:                                  # as much opacity, but all over the lungs
-        haze = (haze * lungs).sum() / lungs.sum()
-    air = air + haze
-    paint(lungs, np.minimum(air, tissue * 1.02))
-    if z < 0.1:                                                                 # airways
-        for cx in ([0.0] if z < -0.25 else [-0.07, 0.07]):
-            paint(_ellipse(x, y, cx, -0.02, 0.045, 0.05), 12.0)
-    paint(_ellipse(x, y, 0.11, 0.27 * h / 0.64, 0.06, 0.06), tissue * 1.06)      # aorta
-    return _phantom_scanner(image, y, body, rng, size)
-
-
 def _phantom_lungs(x: np.ndarray, y: np.ndarray, w: float, h: float, z: float,
                    body: Mapping[str, Any]) -> np.ndarray:
-    """Return the soft mask of both lungs: two ovals less mediastinum, heart and spine."""
-    grow = 1 - 0.10 * z * z
-    mask = np.zeros_like(x)
-    for side in (-1, 1):
-        oval = _ellipse(x, y, side * 0.50 * w, 0.0, 0.37 * w * grow, 0.76 * h * grow, 2.4, 0.03)
-        mask = np.maximum(mask, oval)
+    """Return the mask of both lungs: two ovals less mediastinum, heart and spine."""
+    grow = body["air"] * (1 - 0.1 * z * z)
+    mask = np.maximum(*(_ellipse(x, y, side * 0.5 * w, 0, 0.37 * w * grow, 0.76 * h * grow, 2.4)
+                        for side in (-1, 1)))
     heart = body["heart"] * np.clip(0.75 + 0.5 * z, 0.45, 1.05)
-    mask *= 1 - _ellipse(x, y, 0.10, -0.14 * h / 0.64, heart * 1.1, heart * 0.9, 2.0, 0.03)
-    mask *= 1 - _ellipse(x, y, 0.0, -0.05, 0.15, 0.35, 2.0, 0.04)                # mediastinum
-    return mask * (1 - _ellipse(x, y, 0.0, 0.42 * h / 0.64, 0.17, 0.17, 2.0, 0.03))
+    mask = mask * (1 - _ellipse(x, y, 0.10, -0.22 * h, heart * 1.1, heart * 0.9))
+    mask *= 1 - _ellipse(x, y, 0, -0.05, 0.15, 0.35)
+    return mask * (1 - _ellipse(x, y, 0, 0.65 * h, 0.17, 0.17))
 
 
-def _phantom_bones(paint, x, y, w: float, h: float, bone: float, rng: np.random.Generator) -> None:
+def _paint_bones(paint: Callable, x: np.ndarray, y: np.ndarray, w: float, h: float, bone: float,
+                 rng: np.random.Generator) -> None:
     """Paint vertebra, sternum and the cut ribs along the chest wall."""
-    cy = 0.40 * h / 0.64
-    paint(_ellipse(x, y, 0, cy, 0.115, 0.10), bone * 0.88)                       # vertebral body
+    cy = 0.62 * h
+    paint(_ellipse(x, y, 0, cy, 0.115, 0.10), bone * 0.88)           # body of the vertebra
     for side in (-1, 1):
         paint(_ellipse(x, y, side * 0.13, cy + 0.09, 0.09, 0.03), bone * 0.92)
-    paint(_ellipse(x, y, 0, cy + 0.15, 0.025, 0.07), bone * 0.95)                # spinous process
-    paint(_ellipse(x, y, 0, cy + 0.095, 0.038, 0.034), 150.0)                    # canal
-    paint(_ellipse(x, y, 0, -0.90 * h, 0.10, 0.03), bone * 0.9)                  # sternum
+    paint(_ellipse(x, y, 0, cy + 0.15, 0.025, 0.07), bone * 0.95)    # spinous process
+    paint(_ellipse(x, y, 0, cy + 0.095, 0.038, 0.034), 150.0)        # spinal canal
+    paint(_ellipse(x, y, 0, -0.90 * h, 0.10, 0.03), bone * 0.9)      # sternum
     for side in (-1, 1):
         for angle in np.linspace(-1.15, 1.15, 6) + rng.normal(0, 0.08, 6):
-            cx, ry = side * 0.925 * w * math.cos(angle), 0.895 * h * math.sin(angle)
-            tangent = math.atan2(h * math.cos(angle), -side * w * math.sin(angle))
-            u = (x - cx) * math.cos(tangent) + (y - ry) * math.sin(tangent)
-            v = (y - ry) * math.cos(tangent) - (x - cx) * math.sin(tangent)
+            cx, cy = side * 0.925 * w * math.cos(angle), 0.895 * h * math.sin(angle)
+            along = math.atan2(h * math.cos(angle), -side * w * math.sin(angle))
+            u = (x - cx) * math.cos(along) + (y - cy) * math.sin(along)
+            v = (y - cy) * math.cos(along) - (x - cx) * math.sin(along)
             paint(_ellipse(u, v, 0, 0, rng.uniform(0.06, 0.13), 0.028), bone)
 
 
-def _phantom_vessels(body: Mapping[str, Any], tissue: float, rng: np.random.Generator,
-                     size: int) -> np.ndarray:
+def _phantom_vessels(body: Mapping[str, Any], rng: np.random.Generator, size: int) -> np.ndarray:
     """Return the brightness (size, size) of branching vessels; some are cut to round dots."""
     fine = Image.new("L", (4 * size, 4 * size))
     draw = ImageDraw.Draw(fine)
 
-    def tube(x0: float, y0: float, x1: float, y1: float, width: float, value: float) -> None:
-        ends = [2 * size * (1 + v + body["shift"][i % 2]) for i, v in enumerate((x0, y0, x1, y1))]
-        draw.line(ends, int(value), max(1, round(2 * size * width)))
+    def tube(x0: float, y0: float, dx: float, dy: float, width: float, share: float) -> None:
+        x0, y0 = x0 + 1 + body["shift"][0], y0 + 1 + body["shift"][1]
+        ends = [2 * size * v for v in (x0, y0, x0 + dx, y0 + dy)]
+        draw.line(ends, int(body["tissue"] * share), max(1, round(2 * size * width)))
 
     for side in (-1, 1):
         for angle in np.linspace(-1.25, 1.25, 6) + rng.normal(0, 0.15, 6):
-            x0, y0 = side * 0.20, body["hilum"]
-            length, value = rng.uniform(0.22, 0.40), tissue * rng.uniform(0.6, 0.95)
-            x1, y1 = x0 + side * length * math.cos(angle), y0 + length * math.sin(angle)
+            length, share = rng.uniform(0.22, 0.40), rng.uniform(0.6, 0.95)
+            dx, dy = side * length * math.cos(angle), length * math.sin(angle)
             for fork in (-0.45, 0.45):
                 turn, reach = angle + fork + rng.normal(0, 0.15), length * rng.uniform(0.3, 0.6)
-                tube(x1, y1, x1 + side * reach * math.cos(turn), y1 + reach * math.sin(turn),
-                     0.022, value * 0.7)
-            tube(x0, y0, x1, y1, 0.038, value)
+                tube(side * 0.2 + dx, body["hilum"] + dy, side * reach * math.cos(turn),
+                     reach * math.sin(turn), 0.022, share * 0.7)
+            tube(side * 0.2, body["hilum"], dx, dy, 0.038, share)
         for _ in range(rng.integers(3, 7)):
-            x0, y0, width = side * rng.uniform(0.25, 0.7), rng.uniform(-0.4, 0.4), rng.uniform(.04, .08)
-            tube(x0, y0, x0 + width, y0, width, tissue * rng.uniform(0.5, 0.9))
+            width = rng.uniform(0.04, 0.08)
+            tube(side * rng.uniform(0.25, 0.7), rng.uniform(-0.4, 0.4), width, 0, width,
+                 rng.uniform(0.5, 0.9))
     return np.asarray(fine.reduce(4), np.float32)
 
 
-def _phantom_lesion(x: np.ndarray, y: np.ndarray, w: float, h: float, body: Mapping[str, Any],
-                    number: int, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return what ground glass adds to a lung: hazy, ragged patches under the pleura."""
-    ragged = 1 + 0.25 * _smooth_noise(rng, size, 0.05)
+def _phantom_haze(x: np.ndarray, y: np.ndarray, w: float, h: float, body: Mapping[str, Any],
+                  number: int, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Return what ground glass adds to the lungs: ragged, speckled patches under the pleura."""
     haze = np.zeros_like(x)
     for side, angle, depth, radius in body["patches"]:
         cx = side * (0.50 + 0.33 * depth * math.cos(angle)) * w
-        cy = 0.66 * h * depth * math.sin(angle)
-        radius = radius * (1.0, 1.12, 1.06, 0.9)[number]
+        cy, radius = 0.66 * h * depth * math.sin(angle), radius * (1 + 0.12 * number)
         haze = np.maximum(haze, _ellipse(x, y, cx, cy, radius * 1.1, radius * 0.9, 2.0, 0.09))
-    return body["lesion_gain"] * np.clip(haze * ragged, 0, 1.25)
+    grain = 0.2 * _smooth_noise(rng, size, 0.05) + 0.55 * _smooth_noise(rng, size, 0.012)
+    return body["opacity"] * np.clip(haze * (1 + grain), 0, 2)
 
 
 def _phantom_scanner(image: np.ndarray, y: np.ndarray, body: Mapping[str, Any],
-                     rng: np.random.Generator, size: int) -> np.ndarray:
-    """Add the scanner: streaks, correlated noise, window level; return uint8."""
+                     rng: np.random.Generator) -> np.ndarray:
+    """Add what the scanner adds, streaks, blur, noise and window level; return uint8."""
     from scipy.ndimage import gaussian_filter
+
+    size = len(image)
     rows = gaussian_filter(rng.standard_normal(size), 0.012 * size) * rng.uniform(0, 14)
     image = image + rows[:, None] * np.exp(-((y - rng.uniform(-0.2, 0.3)) / 0.25) ** 2)
     image = gaussian_filter(image, 0.45 * size / 64)
-    image = image + body["noise"] * gaussian_filter(rng.standard_normal(image.shape, np.float32), 0.5) * 1.9
-    return np.clip(image * body["level"] + rng.normal(0, 2), 0, 255).astype(np.uint8)
+    noise = gaussian_filter(rng.standard_normal(image.shape, np.float32), 0.5)
+    image = (image + 1.9 * body["noise"] * noise) * body["level"] + rng.normal(0, 2)
+    return np.clip(image, 0, 255).astype(np.uint8)

@@ -8,7 +8,7 @@
 Every case runs in a process of its own, forked from this one, with a limit on memory and time.
 A case counts as survived only if
   - a good outcome is right bit for bit, or the refusal says the right thing,
-  - the refusal is our own kind of error (ours only), and does not advise to switch a protection off,
+  - a refusal is our own kind of error (ours only), and does not advise to switch protection off,
   - no code from the file ran, nothing half-written stayed,
   - the good twin of the same file (or the same download without the fault) works.
 A row is survived if all its cases are. The others are asked the same questions: the snippet of the
@@ -47,8 +47,8 @@ import faulty_checkpoints as files  # noqa: E402
 import medssl_utils as medssl  # noqa: E402
 
 MEMORY = 1 << 30  # bytes that a case may claim beyond what the process began with
-SECONDS = 60.0  # a case may take
-BAD_ADVICE = re.compile(r"weights_only\W{0,4}(=|to|argument)\W{0,3}.{0,20}False", re.DOTALL)
+SECONDS = 30.0  # a case may take
+BAD_ADVICE = re.compile(r"weights_only\W+(set to\W+)?False")
 
 
 @dataclass
@@ -66,11 +66,12 @@ class Outcome:
 
 @dataclass
 class Result:
-    """One case under one tool: survived or not, and why in a few words."""
+    """One case under each tool: survived or not, and why in a few words."""
 
     row: str
     name: str
     survived: dict[str, bool] = field(default_factory=dict)
+    harmless: dict[str, bool] = field(default_factory=dict)  # the same, words not judged
     words: dict[str, str] = field(default_factory=dict)
 
 
@@ -180,11 +181,11 @@ def same(tensors: Tensors, expected: Tensors) -> bool:
 
 
 @contextlib.contextmanager
-def built(case: files.Case, reader: Callable) -> Iterator[tuple[Path, Path]]:
+def built(case: files.Case) -> Iterator[tuple[Path, Path]]:
     """Build the file of a case in a folder of its own; yield (path, folder), delete both."""
     folder = Path(tempfile.mkdtemp(prefix="fault-"))
     try:
-        if case.trusted and reader is read_ours:
+        if case.trusted:
             trust(case, folder)
         path = case.build(folder)
         if case.trusted:
@@ -212,7 +213,8 @@ def twin_works(reader: Callable, case: files.Case) -> bool:
     folder = Path(tempfile.mkdtemp(prefix="twin-"))
     try:
         path = case.good(folder)
-        outcome = isolated(lambda: attempt(reader, case, path, case.twin_allow_extra, folder))
+        outcome = isolated(
+            functools.partial(attempt, reader, case, path, case.twin_allow_extra, folder))
         return outcome.what == "loaded" and outcome.right
     finally:
         shutil.rmtree(folder)
@@ -229,29 +231,33 @@ def twin_of(case: files.Case) -> files.Case:
 _TWINS: dict[tuple, files.Case] = {}
 
 
-def judge(case: files.Case, outcome: Outcome, ours: bool, twin: bool) -> str:
-    """Say what is wrong with an outcome, "" if the case is survived."""
+def wrong_outcome(case: files.Case, outcome: Outcome) -> str:
+    """Say what is wrong with what happened, "" if it is what must happen."""
     if outcome.effect:
         return f"CODE RAN ({outcome.effect})"
     if outcome.what in ("hung", "died"):
         return f"{outcome.what} ({outcome.text})"
-    if outcome.what == "loaded":
-        if not outcome.right:
-            return "ACCEPTED, other weights" if case.must == "loads" else "ACCEPTED"
-        if case.must == "refused":
-            return "ACCEPTED"
-        if ours and not re.search(case.reports, outcome.text, re.I | re.S):
-            return f"loaded without a word of {case.reports}"
-        return "" if twin else "good twin refused"
-    if case.must == "loads":
+    if outcome.what == "loaded" and not outcome.right:
+        return "ACCEPTED, other weights" if case.must == "loads" else "ACCEPTED"
+    if outcome.what == "loaded" and case.must == "refused":
+        return "ACCEPTED"
+    if outcome.what == "refused" and case.must == "loads":
         return f"refused: {first_line(outcome)}"
+    return ""
+
+
+def wrong_words(case: files.Case, outcome: Outcome, ours: bool) -> str:
+    """Say what is wrong with the words, "" if they say the right thing."""
+    if outcome.what == "loaded":
+        silent = ours and not re.search(case.reports, outcome.text, re.I | re.S)
+        return f"loaded without a word of {case.reports}" if silent else ""
     if BAD_ADVICE.search(outcome.text):
         return "refused, advises weights_only=False"
     if ours and outcome.kind != "CheckpointError":
         return f"refused by accident: {first_line(outcome)}"
     if not re.search(case.says, outcome.text, re.I | re.S):
         return f"refused, says only: {first_line(outcome)}"
-    return "" if twin else "refused, and so is its good twin"
+    return ""
 
 
 def first_line(outcome: Outcome) -> str:
@@ -264,16 +270,20 @@ def load_faults(select: Callable[[str, str], bool]) -> Iterator[Result]:
         if not select(case.row, case.name):
             continue
         result = Result(case.row, case.name)
-        for tool, reader in READERS.items():
-            with built(case, reader) as (path, folder):
+        with built(case) as (path, folder):
+            for tool, reader in READERS.items():
                 outcome = isolated(
-                    lambda: attempt(reader, case, path, case.allow_extra, folder))
+                    functools.partial(attempt, reader, case, path, case.allow_extra, folder))
                 outcome.effect = outcome.effect or files.side_effect(folder)
-                wrong = judge(case, outcome, tool == "ours", twin_works(reader, twin_of(case)))
-            good = "loads" if outcome.what == "loaded" else f"refused: {first_line(outcome)}"
-            good = good.replace(f"{folder}/", "").replace("CheckpointError: ", "")
-            result.survived[tool] = not wrong
-            result.words[tool] = (wrong or good).replace(str(folder), "")
+                files.marker(folder).unlink(missing_ok=True)
+                wrong = wrong_outcome(case, outcome)
+                result.harmless[tool] = not wrong
+                wrong = wrong or wrong_words(case, outcome, tool == "ours")
+                if not wrong and not twin_works(reader, twin_of(case)):
+                    wrong = "so far right, but the good twin is refused"
+                good = "loads" if outcome.what == "loaded" else f"refused: {first_line(outcome)}"
+                result.survived[tool] = not wrong
+                result.words[tool] = (wrong or good).replace(f"{folder}/", "")
         yield result
 
 
@@ -282,8 +292,9 @@ def harmful_files(select: Callable[[str, str], bool]) -> tuple[int, int]:
     cases = [case for case in files.CASES if case.runs and select(case.row, case.name)]
     ran = 0
     for case in cases:
-        with built(case, read_unprotected) as (path, folder):
-            outcome = isolated(lambda: attempt(read_unprotected, case, path, (), folder), 10)
+        with built(case) as (path, folder):
+            outcome = isolated(
+                functools.partial(attempt, read_unprotected, case, path, (), folder), 10)
             ran += bool(outcome.effect or files.side_effect(folder))
     return ran, len(cases)
 
@@ -291,6 +302,10 @@ def harmful_files(select: Callable[[str, str], bool]) -> tuple[int, int]:
 # =============================================================================
 # D: downloads
 # =============================================================================
+
+
+def _download(case: drive_faults.Case, tool: str, folder: Path) -> Outcome:
+    return Outcome("done", *case.run(tool, folder))
 
 
 def download_faults(select: Callable[[str, str], bool]) -> Iterator[Result]:
@@ -302,11 +317,11 @@ def download_faults(select: Callable[[str, str], bool]) -> Iterator[Result]:
         for tool in drive_faults.TOOLS:
             folder = Path(tempfile.mkdtemp(prefix="fault-"))
             try:
-                outcome = isolated(lambda: Outcome("done", *case.run(tool, folder)))
+                outcome = isolated(functools.partial(_download, case, tool, folder))
             finally:
                 shutil.rmtree(folder)
             wrong = outcome.text if outcome.what == "done" else f"{outcome.what} ({outcome.text})"
-            result.survived[tool] = not wrong
+            result.survived[tool] = result.harmless[tool] = not wrong
             result.words[tool] = (wrong or outcome.kind).replace(str(folder), "")
         yield result
 
@@ -330,6 +345,9 @@ def table(results: Iterable[Result]) -> str:
         lines.append(f"| {row} | {' | '.join(cells)} |")
     cells = [f"**{sum(r.survived[t] for r in results)} of {len(results)}**" for t in tools]
     lines.append(f"| cases | {' | '.join(cells)} |")
+    if any(r.harmless != r.survived for r in results):
+        cells = [f"{sum(r.harmless[t] for r in results)} of {len(results)}" for t in tools]
+        lines.append(f"| cases, words not judged | {' | '.join(cells)} |")
     whole = [sum(all(r.survived[t] for r in results if r.row == row) for row in rows)
              for t in tools]
     cells = [f"**{n} of {len(rows)}**" for n in whole]

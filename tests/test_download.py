@@ -462,3 +462,10 @@ def test_a_list_of_checksums_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / "checksums.json").write_text(text)
     with pytest.raises(CheckpointError, match="checksums.json is not a list of checksums"):
         fetch(tmp_path)
+
+
+@needs_fork
+def test_a_checksum_that_cannot_be_recorded_is_a_warning(read_only_folder):
+    (read_only_folder / NAME).write_bytes(BODY)
+    with locked(read_only_folder), pytest.warns(UserWarning, match="could not be recorded"):
+        medssl._record_checksum(read_only_folder, read_only_folder / NAME)

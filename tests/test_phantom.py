@@ -47,7 +47,7 @@ def test_fewer_images_are_the_first_of_more(phantoms):
 
 def test_ids_are_unique_and_patients_stay_in_one_split(phantoms):
     report = m.check_splits(phantoms)
-    assert report.errors == ()
+    assert report.errors == []
     assert "patients" not in report.tables
 
 

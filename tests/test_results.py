@@ -6,50 +6,79 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn import metrics
+from statsmodels.stats.multitest import multipletests
 
 import medssl_utils as medssl
 
+LABELS = np.arange(60) % 2
 
-def write_run(folder, method="random", seed=0, auc=0.7, done=True, **changes):
-    """A run folder with the two files that a comparison reads."""
+
+def draw_scores(strength, seed, labels=LABELS):
+    """(N, 2) probabilities of a model that is right the more often the larger `strength`."""
+    p = 1 / (1 + np.exp(-strength * (2 * labels - 1) - np.random.default_rng(seed).normal(
+        size=len(labels))))
+    return np.column_stack([1 - p, p])
+
+
+def auc(scores, labels=LABELS):
+    return metrics.roc_auc_score(labels, scores[:, 1])
+
+
+def write_run(folder, method="random", seed=0, scores=None, done=True, labels=LABELS, groups=None,
+              **changes):
+    """A run folder with the three files that a comparison reads."""
     config = {
         "dataset": "toy", "method": method, "recipe": "demo", "label_fraction": 1.0,
         "seed": seed, "stamp": "DEMO", "weights": "stand-in", "n_train": 10, "image_size": 64,
         "epochs": 3, "weights_fingerprint": method, "test_fingerprint": "t",
-        "subset_fingerprint": f"s{seed}", **changes}
-    name = "_".join(str(v) for v in (method, seed, *changes.values()))
-    path = folder / name
+        "subset_fingerprint": f"s{seed}", "augment": [], **changes}
+    path = folder / "_".join(str(v) for v in (method, seed, *changes.values()))
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
+    scores = draw_scores(1, [seed, len(method)], labels) if scores is None else scores
+    groups = np.full(len(labels), "") if groups is None else groups
+    arrays = {"ids": np.arange(len(labels)).astype(str), "groups": groups, "labels": labels,
+              "scores": scores}
     if done:
-        scores = {"ACC": 0.5, "balanced ACC": 0.5, "AUC": auc, "F1": 0.5, "F1 paper": 0.5}
-        (path / "metrics.json").write_text(json.dumps(scores))
+        np.savez(path / "predictions.npz", **arrays, **{f"val_{k}": v for k, v in arrays.items()})
+        (path / "metrics.json").write_text(json.dumps(medssl.score(labels, scores)))
     return path
+
+
+def write_study(folder, strengths, seeds=3, **changes):
+    """A run for every method in {method: strength of its signal} and every seed."""
+    for i, (method, strength) in enumerate(strengths.items()):
+        for seed in range(seeds):
+            write_run(folder, method, seed, draw_scores(strength, [i, seed]), **changes)
+    return medssl.load_runs(folder)
 
 
 # --- scores ------------------------------------------------------------------------------------
 
 def test_two_class_scores_are_scikit_learns():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 2, 50)
-    p = rng.random(50)
-    found = medssl.score(labels, np.column_stack([1 - p, p]))
-    said = (p > 0.5).astype(int)
-    assert found == {
-        "ACC": metrics.accuracy_score(labels, said),
-        "balanced ACC": metrics.balanced_accuracy_score(labels, said),
-        "AUC": metrics.roc_auc_score(labels, p),
-        "F1": metrics.f1_score(labels, said, average="macro"),
-        "F1 paper": metrics.f1_score(labels, said)}
+    scores = draw_scores(0.5, 0)
+    said, p = scores.argmax(1), scores[:, 1]
+    assert medssl.score(LABELS, scores, threshold=0.3) == {
+        "ACC": metrics.accuracy_score(LABELS, said),
+        "balanced ACC": metrics.balanced_accuracy_score(LABELS, said),
+        "AUC": metrics.roc_auc_score(LABELS, p),
+        "F1": metrics.f1_score(LABELS, said, average="macro"),
+        "F1 paper": metrics.f1_score(LABELS, said),
+        "sensitivity": metrics.recall_score(LABELS, p >= 0.3),
+        "specificity": metrics.recall_score(LABELS, p >= 0.3, pos_label=0),
+        "Brier": pytest.approx(metrics.brier_score_loss(LABELS, p))}
 
 
 def test_many_class_scores_are_scikit_learns_and_micro_f1_is_accuracy():
-    rng = np.random.default_rng(0)
     labels = np.arange(60) % 4
-    scores = rng.dirichlet(np.ones(4), 60)
+    scores = np.random.default_rng(0).dirichlet(np.ones(4), 60)
     found = medssl.score(labels, scores)
     assert found["AUC"] == metrics.roc_auc_score(labels, scores, multi_class="ovr")
     assert found["F1 paper"] == pytest.approx(found["ACC"])
+    assert found["sensitivity"] is None
+    truth = np.eye(4)[labels]
+    assert found["Brier"] == pytest.approx(2 * np.mean(
+        [metrics.brier_score_loss(truth[:, c], scores[:, c]) for c in range(4)]))
 
 
 def test_several_labels_an_image_are_scored_label_by_label():
@@ -59,6 +88,7 @@ def test_several_labels_an_image_are_scored_label_by_label():
     found = medssl.score(labels, scores)
     assert found["AUC"] == metrics.roc_auc_score(labels, scores)
     assert found["ACC"] == ((scores > 0.5) == labels).mean()
+    assert found["Brier"] == pytest.approx(((scores - labels) ** 2).mean())
 
 
 def test_always_answering_noncovid_gives_the_papers_f1_of_068():
@@ -70,19 +100,28 @@ def test_always_answering_noncovid_gives_the_papers_f1_of_068():
 
 
 def test_auc_without_both_classes_is_undefined_not_a_number():
-    found = medssl.score(np.zeros(5, int), np.tile([0.9, 0.1], (5, 1)))
-    assert found["AUC"] is None and found["balanced ACC"] is None
-    assert medssl.bootstrap_interval(np.zeros(5, int), np.tile([0.9, 0.1], (5, 1))) is None
+    labels, scores = np.zeros(5, int), np.tile([0.9, 0.1], (5, 1))
+    found = medssl.score(labels, scores, threshold=0.5)
+    assert [k for k, v in found.items() if v is None] == [
+        "balanced ACC", "AUC", "sensitivity", "specificity"]
+    assert medssl.bootstrap_interval(labels, scores) is None
+    assert medssl.choose_threshold(labels, scores) is None
 
 
-def test_bootstrap_interval_holds_the_score_and_follows_its_seed():
-    rng = np.random.default_rng(1)
-    labels = np.arange(80) % 2
-    p = np.clip(0.5 + 0.2 * (labels - 0.5) + 0.2 * rng.normal(size=80), 0, 1)
-    scores = np.column_stack([1 - p, p])
-    one, two = (medssl.bootstrap_interval(labels, scores, n_draws=100, seed=3) for _ in "ab")
-    assert one == two
-    assert one[0] < medssl.score(labels, scores)["AUC"] < one[1]
+def test_threshold_has_the_largest_sum_of_sensitivity_and_specificity():
+    scores = draw_scores(0.5, 1)
+    chosen = medssl.choose_threshold(LABELS, scores)
+
+    def total(threshold):
+        found = medssl.score(LABELS, scores, threshold=threshold)
+        return found["sensitivity"] + found["specificity"]
+
+    assert total(chosen) == max(total(t) for t in scores[:, 1])
+
+
+def test_threshold_is_finite_for_a_model_that_is_always_wrong():
+    """Its best operating point is to say class 1 never, at infinity; JSON has no infinity."""
+    assert np.isfinite(medssl.choose_threshold(LABELS, np.eye(2)[1 - LABELS]))
 
 
 def test_patients_are_scored_once_and_unknown_ones_left_out():
@@ -98,6 +137,49 @@ def test_a_patient_with_two_labels_is_named():
         medssl.pool_by_patient(np.array([0, 1]), np.eye(2), np.array(["p", "p"]))
 
 
+# --- bootstrap ---------------------------------------------------------------------------------
+
+def case(classes):
+    """Labels and scores with ties: two classes, five, or three labels an image."""
+    rng = np.random.default_rng(5)
+    if classes == "several":
+        return rng.integers(0, 2, (50, 3)), rng.integers(1, 20, (50, 3)) / 20
+    labels = rng.integers(0, classes, 50)
+    scores = rng.integers(1, 6, (50, classes)) + 2.0 * np.eye(classes)[labels]
+    return labels, scores / scores.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("metric", medssl.SCORES)
+@pytest.mark.parametrize("classes", [2, 5, "several"])
+def test_bootstrap_equals_scikit_learn_draw_by_draw(classes, metric):
+    labels, scores = case(classes)
+    weights = medssl._resampling(np.arange(50), 40, 0)
+    found = medssl._weighted_score(metric, labels, scores, weights, threshold=0.4)
+    for value, draw in zip(found, weights.T):
+        index = np.repeat(np.arange(50), draw.astype(int))
+        said = medssl.score(labels[index], scores[index], threshold=0.4)[metric]
+        assert np.isnan(value) if said is None else value == pytest.approx(said, abs=1e-12)
+
+
+def test_a_draw_without_a_class_is_undefined_and_left_out_of_the_interval():
+    labels, scores = LABELS[:4], draw_scores(1, 0)[:4]
+    weights = medssl._resampling(np.arange(4), 200, 0)
+    assert np.isnan(medssl._weighted_score("AUC", labels, scores, weights)).any()
+    assert np.isfinite(medssl.bootstrap_interval(labels, scores)).all()
+
+
+def test_bootstrap_interval_holds_the_score_and_follows_its_seed():
+    scores = draw_scores(0.5, 1)
+    one, two = (medssl.bootstrap_interval(LABELS, scores, n_draws=100, seed=3) for _ in "ab")
+    assert one == two
+    assert one[0] < auc(scores) < one[1]
+
+
+def test_images_of_one_patient_are_drawn_together():
+    weights = medssl._resampling(medssl._units(4, np.array(["p", "", "p", ""])), 50, 0)
+    assert (weights[0] == weights[2]).all() and (weights[0] != weights[1]).any()
+
+
 # --- tables ------------------------------------------------------------------------------------
 
 def test_load_runs_lists_finished_and_unfinished(tmp_path):
@@ -105,7 +187,7 @@ def test_load_runs_lists_finished_and_unfinished(tmp_path):
     write_run(tmp_path, "BYOL", 0, done=False)
     runs = medssl.load_runs(tmp_path).set_index("method")
     assert runs["status"].to_dict() == {"random": "done", "BYOL": "unfinished"}
-    assert runs.loc["random", "AUC"] == 0.7
+    assert runs.loc["random", "AUC"] == auc(draw_scores(1, [0, 6]))
 
 
 def test_load_runs_says_when_there_is_nothing(tmp_path):
@@ -113,39 +195,174 @@ def test_load_runs_says_when_there_is_nothing(tmp_path):
         medssl.load_runs(tmp_path)
 
 
-def test_comparison_gives_mean_sd_n_and_paired_differences(tmp_path):
-    for seed, (random, byol) in enumerate([(0.6, 0.7), (0.7, 0.9)]):
-        write_run(tmp_path, "random", seed, random)
-        write_run(tmp_path, "BYOL", seed, byol)
-    table = medssl.compare_methods(medssl.load_runs(tmp_path)).set_index("method")
-    row = table.loc["BYOL"]
-    assert (row["n"], row["n_pairs"]) == (2, 2)
-    assert row["mean"] == pytest.approx(0.8)
-    assert row["sd"] == pytest.approx(np.std([0.7, 0.9], ddof=1))
-    assert row["difference"] == pytest.approx(0.15)
-    assert row["difference_sd"] == pytest.approx(np.std([0.1, 0.2], ddof=1))
+def test_comparison_gives_n_mean_sd_values_and_paired_differences(tmp_path):
+    runs = write_study(tmp_path, {"random": 0.2, "BYOL": 0.6})
+    own, other = ([auc(draw_scores(s, [i, seed])) for seed in range(3)]
+                  for i, s in ((1, 0.6), (0, 0.2)))
+    row = medssl.compare_methods(runs).set_index("method").loc["BYOL"]
+    assert (row["n"], row["n_pairs"], row["n_test"]) == (3, 3, 60)
+    assert row["values"] == pytest.approx(own)
+    assert row["mean"] == pytest.approx(np.mean(own))
+    assert row["sd"] == pytest.approx(np.std(own, ddof=1))
+    assert row["difference"] == pytest.approx(np.mean(own) - np.mean(other))
+    assert row["difference_sd"] == pytest.approx(np.std(np.subtract(own, other), ddof=1))
+
+
+def test_on_this_test_set_the_comparison_is_the_paired_t_test(tmp_path):
+    from scipy import stats
+
+    runs = write_study(tmp_path, {"random": 0.2, "BYOL": 0.6}, seeds=5)
+    row = medssl.compare_methods(runs, estimand="new seed on this test set").set_index(
+        "method").loc["BYOL"]
+    own, other = ([auc(draw_scores(s, [i, seed])) for seed in range(5)]
+                  for i, s in ((1, 0.6), (0, 0.2)))
+    test = stats.ttest_rel(own, other)
+    assert row["p"] == pytest.approx(test.pvalue)
+    assert (row["difference_low"], row["difference_high"]) == pytest.approx(
+        tuple(test.confidence_interval()))
+
+
+def test_a_new_test_set_adds_the_variance_that_seeds_share(tmp_path):
+    """One model run under five seeds: no spread between seeds, so DeLong's interval is left."""
+    scores = draw_scores(0.5, 0)
+    for seed in range(5):
+        write_run(tmp_path, "random", seed, scores)
+    row = medssl.compare_methods(medssl.load_runs(tmp_path), n_draws=4000).iloc[0]
+    p, n = scores[LABELS == 1, 1], scores[LABELS == 0, 1]
+    wins = p[:, None] > n[None]
+    delong = np.sqrt(wins.mean(1).var(ddof=1) / len(p) + wins.mean(0).var(ddof=1) / len(n))
+    assert row["sd"] == pytest.approx(0)
+    assert row["high"] - row["mean"] == pytest.approx(2 * delong, rel=0.06)
+
+
+def test_p_values_are_corrected_by_holm_over_the_whole_table(tmp_path):
+    strengths = {"random": 0.2, "BYOL": 0.5, "SwAV": 0.3, "MoCo": 1.0}
+    write_study(tmp_path, strengths)
+    table = medssl.compare_methods(write_study(tmp_path, strengths, label_fraction=0.5))
+    p = table["p"].dropna()
+    assert len(p) == 6
+    assert table.loc[p.index, "p_holm"].tolist() == multipletests(p, method="holm")[1].tolist()
+
+
+def test_p_value_and_interval_agree(tmp_path):
+    table = medssl.compare_methods(write_study(tmp_path, {"random": 0.2, "BYOL": 0.5}), level=0.9)
+    row = table.iloc[1]
+    again = medssl.compare_methods(medssl.load_runs(tmp_path), level=1 - row["p"]).iloc[1]
+    assert again["difference_low"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_seed_without_its_control_is_counted_but_not_paired(tmp_path):
-    write_run(tmp_path, "random", 0, 0.6)
+    write_run(tmp_path, "random", 0)
     for seed in (0, 1):
-        write_run(tmp_path, "BYOL", seed, 0.8)
+        write_run(tmp_path, "BYOL", seed)
     row = medssl.compare_methods(medssl.load_runs(tmp_path)).set_index("method").loc["BYOL"]
     assert (row["n"], row["n_pairs"]) == (2, 1)
 
 
-def test_an_undefined_score_makes_the_mean_undefined(tmp_path):
-    for seed, auc in enumerate([0.8, None]):
-        write_run(tmp_path, "random", seed, auc)
-    table = medssl.compare_methods(medssl.load_runs(tmp_path))
-    assert table["n"].item() == 2 and pd.isna(table["mean"].item())
+def test_one_seed_has_a_mean_but_no_interval_and_no_p(tmp_path):
+    table = medssl.compare_methods(write_study(tmp_path, {"random": 0.2, "BYOL": 2}, seeds=1))
+    row = table.iloc[1]
+    assert row["difference"] > 0
+    assert row[["sd", "low", "p", "p_holm", "difference_low", "detectable"]].isna().all()
+    assert "nothing can be said" in medssl.describe_comparison(table)
 
+
+def test_an_undefined_score_stays_undefined(tmp_path):
+    zeros = np.zeros(60, int)
+    for method in ("random", "BYOL"):
+        for seed in range(2):
+            write_run(tmp_path, method, seed, labels=zeros)
+    table = medssl.compare_methods(medssl.load_runs(tmp_path))
+    assert table[["mean", "low", "difference", "p"]].isna().all(axis=None)
+    assert "nothing can be said" in medssl.describe_comparison(table)
+
+
+def test_patients_are_compared_by_their_mean_probability(tmp_path):
+    groups = np.array([f"p{i // 4}" for i in range(60)])
+    labels = np.arange(60) // 4 % 2
+    for seed in range(2):
+        write_run(tmp_path, "random", seed, draw_scores(0.2, seed, labels), labels=labels,
+                  groups=groups)
+    row = medssl.compare_methods(medssl.load_runs(tmp_path), per="patient").iloc[0]
+    pooled = medssl.pool_by_patient(labels, draw_scores(0.2, 0, labels), groups)
+    assert row["n_test"] == 15
+    assert row["values"][0] == pytest.approx(auc(pooled[1], pooled[0]))
+
+
+def test_comparison_by_patient_needs_patients(tmp_path):
+    write_run(tmp_path)
+    with pytest.raises(ValueError, match="Compare per image"):
+        medssl.compare_methods(medssl.load_runs(tmp_path), per="patient")
+
+
+# --- loss with fewer labels --------------------------------------------------------------------
+
+@pytest.fixture
+def scarce(tmp_path):
+    """SparK keeps its score at a tenth of the labels, BYOL and random lose theirs."""
+    write_study(tmp_path, {"random": 1.6, "BYOL": 1.6, "SparK": 1.6}, seeds=5)
+    return write_study(tmp_path, {"random": 0.1, "BYOL": 0.1, "SparK": 1.5}, seeds=5,
+                       label_fraction=0.1)
+
+
+def test_loss_is_what_the_same_seed_had_with_all_labels_minus_what_it_has_now(scarce):
+    table = medssl.compare_methods(scarce, loss=True, control="SparK").set_index("method")
+    full, tenth = (auc(draw_scores(s, [1, 0])) for s in (1.6, 0.1))
+    assert table.loc["BYOL", "values"][0] == pytest.approx(full - tenth)
+    assert list(table["label_fraction"].unique()) == [0.1]
+
+
+def test_summary_says_who_loses_least(scarce):
+    text = medssl.describe_comparison(medssl.compare_methods(scarce, loss=True, control="SparK"))
+    assert "BYOL loses more than SparK" in text
+    assert "that SparK loses least is shown" in text
+    text = medssl.describe_comparison(medssl.compare_methods(scarce, loss=True, control="BYOL"))
+    assert "that BYOL loses least is not shown" in text
+
+
+def test_loss_needs_runs_with_all_labels(tmp_path):
+    runs = write_study(tmp_path, {"random": 1}, label_fraction=0.5)
+    with pytest.raises(ValueError, match="label_fraction 1"):
+        medssl.compare_methods(runs, loss=True)
+
+
+# --- in words ----------------------------------------------------------------------------------
+
+def test_summary_names_a_planted_winner_and_the_estimand(tmp_path):
+    runs = write_study(tmp_path, {"random": 0.1, "BYOL": 0.1, "SparK": 2.5}, seeds=5)
+    text = medssl.describe_comparison(medssl.compare_methods(runs))
+    assert text.startswith("DEMO AUC per image, held against random; 95% intervals for a new seed "
+                           "and new test set; p after Holm's correction for 2 comparisons.")
+    assert "SparK is better than random" in text
+    assert "no difference shown between random and BYOL." in text
+
+
+def test_summary_knows_that_less_is_better_for_brier(tmp_path):
+    runs = write_study(tmp_path, {"random": 0.1, "SparK": 2.5}, seeds=5)
+    table = medssl.compare_methods(runs, "Brier")
+    assert table.iloc[1]["difference"] < 0
+    assert "SparK is better than random" in medssl.describe_comparison(table)
+
+
+# --- small simulations of whole studies (bench/statistics.py is the full one) ------------------
+
+def simulate(shift, n_studies=150, n_seeds=3, n_test=118):
+    """Table of inferences about the difference of two methods, as `bench/statistics.py` does."""
+    from bench import statistics
+
+    return statistics.simulate(n_studies, n_seeds, n_test, shift=shift, n_draws=100)
+
+
+# --- what must not be mixed --------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, words", [
     ({"stamp": ""}, "never compared with real"),
     ({"stamp": "SHORT"}, "never compared with real"),
     ({"test_fingerprint": "other"}, "differ in test_fingerprint"),
     ({"image_size": 32}, "differ in image_size"),
+    ({"recipe": "linear"}, "differ in recipe"),
+    ({"epochs": 9}, "differ in epochs"),
+    ({"batch_size": 9}, "differ in batch_size"),
     ({"subset_fingerprint": "other"}, "different labelled images"),
 ])
 def test_what_must_not_be_mixed_is_refused(tmp_path, change, words):
@@ -153,6 +370,33 @@ def test_what_must_not_be_mixed_is_refused(tmp_path, change, words):
     write_run(tmp_path, "BYOL", **change)
     with pytest.raises(ValueError, match=words):
         medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"lr": 1.0}, {"weights_fingerprint": "other"}])
+def test_one_method_with_two_rates_or_two_files_is_refused(tmp_path, change):
+    write_run(tmp_path, "BYOL", 0)
+    write_run(tmp_path, "BYOL", 1, **change)
+    with pytest.raises(ValueError, match=f"BYOL differ in {next(iter(change))}"):
+        medssl.compare_methods(medssl.load_runs(tmp_path), control="BYOL")
+
+
+def test_a_rate_chosen_for_each_method_is_no_mixture(tmp_path):
+    write_run(tmp_path, "random", lr=0.1)
+    write_run(tmp_path, "BYOL", lr=0.2)
+    assert len(medssl.compare_methods(medssl.load_runs(tmp_path))) == 2
+
+
+def test_recipes_stand_side_by_side_when_asked_for(tmp_path):
+    for recipe in ("demo", "linear"):
+        write_run(tmp_path, recipe=recipe)
+    table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["recipe"])
+    assert list(table["recipe"]) == ["demo", "linear"]
+
+
+def test_demo_and_real_are_not_mixed_even_when_asked_for(tmp_path):
+    write_run(tmp_path)
+    with pytest.raises(ValueError, match="by 'stamp' is not known"):
+        medssl.compare_methods(medssl.load_runs(tmp_path), by=["stamp"])
 
 
 def test_a_method_run_twice_with_different_settings_is_refused(tmp_path):
@@ -168,14 +412,23 @@ def test_a_missing_control_is_named(tmp_path):
         medssl.compare_methods(medssl.load_runs(tmp_path))
 
 
-def test_figure_of_label_fractions_carries_its_stamp_and_a_line_a_method(tmp_path):
-    for fraction in (0.25, 1.0):
-        for method in ("random", "BYOL"):
-            write_run(tmp_path, method, 0, label_fraction=fraction)
-    figure = medssl.plot_label_fractions(medssl.load_runs(tmp_path))
-    axis = figure.axes[0]
-    assert axis.get_title().startswith("DEMO")
+def test_a_study_without_a_finished_run_is_refused(tmp_path):
+    write_run(tmp_path, done=False)
+    with pytest.raises(ValueError, match="None of these runs is finished"):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+# --- figure ------------------------------------------------------------------------------------
+
+def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp_path):
+    write_study(tmp_path, {"random": 1, "BYOL": 1})
+    runs = write_study(tmp_path, {"random": 1, "BYOL": 1}, label_fraction=0.25)
+    axis = medssl.plot_label_fractions(medssl.compare_methods(runs)).axes[0]
+    title = axis.get_title()
+    assert title.startswith("DEMO")
+    assert all(words in title for words in ("3 seeds", "95% interval", "new test set", "60 test"))
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["random", "BYOL"]
+    assert axis.get_lines()[0].get_color() == medssl.METHOD_COLORS["random"]
 
 
 # --- study -------------------------------------------------------------------------------------

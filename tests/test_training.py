@@ -86,7 +86,7 @@ QUICK = FineTuneConfig.named("demo", image_size=SIZE, epochs=3, batch_size=8)
 
 def run_quick(backbone, toy, folder, config=QUICK, **options):
     return fine_tune(backbone, REPORT, toy, config, runs_dir=folder, device="cpu",
-                     progress=False, **options)
+                     progress="none", **options)
 
 
 # --- recipes -----------------------------------------------------------------------------------
@@ -452,7 +452,7 @@ medssl.train_one_epoch, torch.save = dying_train, dying_save
 torch.manual_seed(1)
 config = medssl.FineTuneConfig.named("demo", image_size=t.SIZE, epochs=4, batch_size=8)
 medssl.fine_tune(t.TinyBackbone(), t.REPORT, t.make_toy(), config, runs_dir=sys.argv[3], device="cpu",
-                 progress=False)
+                 progress="none")
 """
 
 
@@ -481,3 +481,41 @@ def test_killed_and_run_again_gives_the_bits_of_an_unbroken_run(
     weights = load_file(next(tmp_path.rglob("best.safetensors")))
     assert all(torch.equal(weights[k], unbroken[k]) for k in unbroken)
     assert not list(tmp_path.rglob("last.pt")) and not list(tmp_path.rglob("*.tmp"))
+
+
+# --- progress ----------------------------------------------------------------------------------
+
+def test_unattended_progress_is_a_line_an_epoch(backbone, toy, tmp_path, capsys):
+    fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="cpu")
+    out = capsys.readouterr()
+    assert [line[:10] for line in out.out.splitlines()] == [f"epoch   {i}:" for i in range(3)]
+    assert "val_AUC" in out.out and out.err == ""
+
+
+def test_progress_bar_counts_images_and_shows_the_validation_score(
+        backbone, toy, tmp_path, capsys):
+    fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="cpu", progress="bar")
+    out = capsys.readouterr()
+    assert "72/72" in out.err and "img/s" in out.err and "val_AUC" in out.err and out.out == ""
+
+
+def test_a_watched_notebook_gets_one_curve_that_is_redrawn(monkeypatch):
+    import IPython.display
+
+    drawn = []
+    handle = types.SimpleNamespace(update=lambda figure: drawn.append(("again", figure)))
+
+    def display(figure, display_id):
+        drawn.append(("first", figure))
+        return handle
+
+    monkeypatch.setattr(IPython.display, "display", display)
+    monkeypatch.setattr(medssl, "_kernel", lambda: types.SimpleNamespace(_allow_stdin=True))
+    shown = medssl.Progress("auto", 4, "toy")
+    row = {"epoch": 0, "train_loss": 1.0, "val_loss": 1.0, "val_AUC": 0.5, "val_ACC": 0.5,
+           "seconds": 1.0}
+    shown.epoch([row])
+    shown.epoch([row, {**row, "epoch": 1}])
+    shown.bar.close()
+    assert [kind for kind, _ in drawn] == ["first", "again"]
+    assert len(drawn[1][1].axes[0].lines[0].get_xdata()) == 2

@@ -1,0 +1,202 @@
+"""Seconds and memory to load a checkpoint of true size: ours, and the authors' README snippet.
+
+    python bench/load.py                     all four methods, about three minutes on two cores
+    python bench/load.py --methods BYOL      one of them
+
+The files hold random numbers in the names, shapes and dtypes of the published ones. Each time is
+the median of interleaved rounds in one warm process, from the call until every weight was read
+once. Memory is the peak of a fresh process beyond what it held after its imports; pages of a
+mapped file count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from math import nan
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+from faulty_checkpoints import METHODS, PREFIX, auxiliary, checkpoint, weights  # noqa: E402
+
+import medssl_utils as medssl  # noqa: E402
+
+# Bytes of the files that the authors' own code writes (MoCo: with the MLP head).
+TRUE_SIZE = {"BYOL": 561_881_280, "SwAV": 224_409_379, "MoCo": 403_399_527, "SparK": 94_345_861}
+
+# Shapes of the auxiliary tensors, by the end of their name; a momentum encoder is as the backbone.
+SHAPES = {
+    "BYOL": {r"projector\.model\.0\.weight": (4096, 2048),
+             r"predictor\.model\.0\.weight": (4096, 256),
+             r"model\.1\.(weight|bias|running_\w+)": (4096,), r"model\.3\.weight": (256, 4096),
+             r"model\.3\.bias": (256,)},
+    "SwAV": {r"head\.0\.weight": (2048, 2048), r"head\.[01]\.(weight|bias|running_\w+)": (2048,),
+             r"head\.3\.weight": (128, 2048), r"head\.3\.bias": (128,),
+             r"prototypes\.weight": (500, 128)},
+    "MoCo": {r"queue": (128, 65536), r"fc\.0\.weight": (2048, 2048), r"fc\.0\.bias": (2048,),
+             r"fc\.2\.weight": (128, 2048), r"fc\.2\.bias": (128,)},
+    "SparK": {},
+}
+
+
+def full_size(method: str, key: str, small: torch.Tensor) -> torch.Tensor:
+    """An auxiliary tensor in its true shape."""
+    backbone = weights().get(re.sub(r"^(target_network\.encoder|encoder_k)\.", "", key))
+    if not small.is_floating_point():
+        return small
+    if backbone is not None:
+        return torch.randn(backbone.shape)
+    return torch.randn(next(shape for ends, shape in SHAPES[method].items()
+                            if re.search(rf"(^|\.){ends}$", key)))
+
+
+def momentum(method: str, tensors: dict[str, torch.Tensor]) -> list[dict]:
+    """What the optimizer of the Lightning files saved: one tensor for each parameter it trains."""
+    ends = ("running_mean", "running_var", "num_batches_tracked")
+    trained = [tensor for key, tensor in tensors.items() if not key.endswith(ends)
+               and (method != "MoCo" or key.startswith("encoder_q."))]
+    return [{"state": {i: {"momentum_buffer": torch.randn_like(tensor)}
+                       for i, tensor in enumerate(trained)}, "param_groups": []}]
+
+
+def write_file(method: str, folder: Path) -> Path:
+    """Write a checkpoint of true size, under the name of the published one."""
+    content = checkpoint(method)
+    inside = content["module" if method == "SparK" else "state_dict"]
+    inside.update({key: full_size(method, key, small) for key, small in auxiliary(method).items()})
+    if method != "SparK":
+        content["optimizer_states"] = momentum(method, inside)
+    path = folder / medssl.CHECKPOINTS[method].filename
+    torch.save(content, path)
+    difference = path.stat().st_size / TRUE_SIZE[method] - 1
+    if abs(difference) > 0.001:
+        raise RuntimeError(f"{path.name} is {difference:+.2%} off the true size")
+    return path
+
+
+# =============================================================================
+# The ways to load; each returns the model with weights in it
+# =============================================================================
+
+
+def snippet(method: str, path: Path) -> torch.nn.Module:
+    """The snippet of the authors' README in our words."""
+    model = torchvision.models.resnet50()
+    content = torch.load(path)
+    if "module" in content:
+        content = content["module"]
+    if "state_dict" in content:
+        content = content["state_dict"]
+    removed = {"SparK": "model."}.get(method, PREFIX[method])
+    model.load_state_dict({k.replace(removed, ""): v for k, v in content.items()}, strict=False)
+    return model
+
+
+def ours(cache: bool | str) -> Callable[[str, Path], torch.nn.Module]:
+    return lambda method, path: medssl.load_backbone(method, path, cache=cache)[0]
+
+
+WAYS: dict[str, Callable[[str, Path], torch.nn.Module]] = {
+    "README snippet": snippet,
+    "ours, original file, every check": ours(False),
+    "ours, cache, verified each time": ours("verify"),
+    "ours, cache, unchanged since verified": ours(True),
+}
+GOALS = {"ours, original file, every check": 1.0, "ours, cache, verified each time": 4.0,
+         "ours, cache, unchanged since verified": 8.0}
+
+
+def read_every_weight(model: torch.nn.Module) -> float:
+    return sum(float(tensor.sum()) for name, tensor in model.state_dict().items()
+               if not name.startswith("fc."))
+
+
+def seconds(way: str, method: str, path: Path) -> float:
+    start = time.perf_counter()
+    read_every_weight(WAYS[way](method, path))
+    return time.perf_counter() - start
+
+
+def megabytes(way: str, method: str, path: Path) -> float:
+    """Peak memory of a fresh process that loads the file once, beyond its imports, in MiB."""
+    command = [sys.executable, __file__, "--memory", way, method, str(path)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+
+
+def print_memory(way: str, method: str, path: str) -> None:
+    before = resident("VmRSS")
+    read_every_weight(WAYS[way](method, Path(path)))
+    print((resident("VmHWM") - before) / 1024)
+
+
+def resident(field: str) -> float:
+    """Memory of this process in KiB: VmRSS now, VmHWM at its peak; NaN where there is no /proc."""
+    status = Path("/proc/self/status")
+    return float(re.search(rf"{field}:\s+(\d+)", status.read_text())[1]) if status.exists() else nan
+
+
+# =============================================================================
+# The table
+# =============================================================================
+
+
+def measure(method: str, path: Path, rounds: int) -> list[str]:
+    """Rows of the table for one method."""
+    ours(True)(method, path)  # writes the cache
+    for way in WAYS:
+        seconds(way, method, path)  # warms the page cache and the code
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way in WAYS:
+            times[way].append(seconds(way, method, path))
+    memory = {way: megabytes(way, method, path) for way in WAYS}
+    base, rows = statistics.median(times["README snippet"]), []
+    for way, values in times.items():
+        median = statistics.median(values)
+        goal = f"≥ {GOALS[way]:g}" if way in GOALS else ""
+        rows.append(f"| {method} | {way} | {median * 1e3:.0f} | {min(values) * 1e3:.0f}–"
+                    f"{max(values) * 1e3:.0f} | {base / median:.1f} | {goal} | {memory[way]:.0f} |")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory:
+        print_memory(*options.memory)
+        return
+    print(f"{processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+          f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+          f"median of {options.rounds}\n")
+    print("| file | way | ms | range | faster than the snippet | goal | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for method in options.methods:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in measure(method, write_file(method, Path(folder)), options.rounds):
+                print(row, flush=True)
+
+
+def processor() -> str:
+    """Name of the processor; "unknown processor" where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or "unknown processor"
+
+
+if __name__ == "__main__":
+    main()
