@@ -698,7 +698,7 @@ class _PickleReader:
         return self.claim(key, numel * dtype.itemsize), dtype, numel
 
 
-def _fill(target: Any, flat: Sequence[Any]) -> Any:
+def _fill(target: Any, flat: Sequence[Any]) -> None:
     """Put key, value, key, value ... into a dict. Only text keys are kept: no weight has another.
 
     Raises:
@@ -709,7 +709,6 @@ def _fill(target: Any, flat: Sequence[Any]) -> Any:
             if key in target:
                 raise ValueError(f"the key {key[:80]!r} comes twice")
             target[key] = value
-    return target
 
 
 def _made(name: Any, arguments: Sequence[Any]) -> Any:
@@ -722,10 +721,7 @@ def _made(name: Any, arguments: Sequence[Any]) -> Any:
         if any(arguments[6:]):
             raise ValueError("a negative view or conjugate of a tensor")
         return _stored(*arguments[:4])
-    first = arguments[0] if arguments else None
-    if name == "collections.OrderedDict" and isinstance(first, list):  # as Python 2 wrote it
-        return _fill({}, [part for pair in first for part in pair])
-    return dict(first) if isinstance(first, dict) else {}
+    return dict(arguments[0]) if arguments and isinstance(arguments[0], dict) else {}
 
 
 def _stored(storage: tuple, offset: int, shape: tuple, stride: tuple) -> _Stored:
@@ -759,24 +755,6 @@ def _about(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {error}.") from None
 
 
-@dataclass(frozen=True)
-class _Opened:
-    """A checkpoint whose contents are known but not yet read.
-
-    Attributes:
-        entries: what lies under the wrapper: name -> `_Stored`, or other plain data.
-        wrapper: the keys that lead there.
-        records: record -> (first byte, bytes, CRC-32; None where the format has none).
-        stand_in: whether it says that its weights are random.
-    """
-
-    path: Path
-    entries: dict[str, Any]
-    wrapper: tuple[str, ...]
-    records: dict[str, tuple[int, int, int | None]]
-    stand_in: bool
-
-
 def load_state_dict(
     path: str | Path, *, allow_extra: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
@@ -791,17 +769,18 @@ def load_state_dict(
         CheckpointError: it isn't a checkpoint, is damaged, or asks for names of no weight file.
     """
     with _about(path := Path(path)):
-        opened = _open_checkpoint(path, _as_tuple(allow_extra))
-        return _read_tensors(
-            opened, {k: v for k, v in opened.entries.items() if isinstance(v, _Stored)})
+        top, records = _open_checkpoint(path, _as_tuple(allow_extra))
+        entries, _ = _unwrap(top)
+        stored = {name: entry for name, entry in entries.items() if isinstance(entry, _Stored)}
+        return _read_tensors(path, records, stored)
 
 
 def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
-    """Check a file's structure and list what it holds, without reading its tensors."""
+def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
+    """Check a file's structure; return what it holds, tensors unread, and where its records lie."""
     if not path.is_file():
         raise CheckpointError("it is a folder, not a file" if path.is_dir() else
                               "it is a pipe or device, not a file" if path.exists() else
@@ -810,11 +789,10 @@ def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
         kind = _what(file)
         if kind not in ("zip", "legacy"):
             raise CheckpointError(f"it is {kind}, not a checkpoint that torch.save wrote")
-        top, records = (_open_zip if kind == "zip" else _open_legacy)(file, allow_extra)
-    entries, wrapper = _unwrap(top)
-    return _Opened(path, entries, wrapper, records, STAND_IN_MARK in top)
+        return (_open_zip if kind == "zip" else _open_legacy)(file, allow_extra)
 
 
+_Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
 _KINDS = {
     b"PK\x03\x04": "zip", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "legacy",
     b"PK": "an empty zip archive", b"\x1f\x8b": "a gzip archive (unpack it first)",
@@ -850,7 +828,7 @@ def _what(file: Any) -> str:
     return f"of no known kind ({size:,} bytes, the first {head[:8]!r})"
 
 
-def _open_zip(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict]:
+def _open_zip(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
     """Open what torch.save writes since PyTorch 1.6: a pickle and uncompressed records."""
     records = _zip_records(file)
     pickles = [record for record in records if record.endswith("/data.pkl")]
@@ -876,8 +854,8 @@ def _open_zip(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict]:
     return top, records
 
 
-def _zip_records(file: Any) -> dict[str, tuple[int, int, int]]:
-    """List a zip's records after checking their places: name -> (first byte, bytes, CRC-32)."""
+def _zip_records(file: Any) -> dict[str, _Place]:
+    """List a zip's records after checking that each lies where the directory says."""
     try:
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
@@ -910,7 +888,7 @@ def _zip_records(file: Any) -> dict[str, tuple[int, int, int]]:
     return records
 
 
-def _small_record(file: Any, records: Mapping, name: str) -> bytes:
+def _small_record(file: Any, records: Mapping[str, _Place], name: str) -> bytes:
     """Return a record of at most 4 MB after checking its CRC; b"" where there is none."""
     first, size, crc = records.get(name, (0, 0, 0))
     if size > MAX_PICKLE_BYTES:
@@ -920,9 +898,7 @@ def _small_record(file: Any, records: Mapping, name: str) -> bytes:
     return data.tobytes()
 
 
-def _read_record(
-    file: Any, name: str, place: tuple[int, int, int | None], buffer: np.ndarray,
-) -> None:
+def _read_record(file: Any, name: str, place: _Place, buffer: np.ndarray) -> None:
     """Read a record into `buffer` (again and again where that is smaller) and check its CRC."""
     first, size, expected = place
     crc = 0
@@ -937,7 +913,7 @@ def _read_record(
                               "when it was written): fetch it again")
 
 
-def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict]:
+def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
     """Open what torch.save wrote before PyTorch 1.6: five pickles, then the storages in order."""
     sizes: dict[str, int] = {}
 
@@ -981,12 +957,14 @@ def _unwrap(top: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     return top, path
 
 
-def _read_tensors(opened: _Opened, wanted: Mapping[str, _Stored]) -> dict[str, torch.Tensor]:
+def _read_tensors(
+    path: Path, records: Mapping[str, _Place], wanted: Mapping[str, _Stored],
+) -> dict[str, torch.Tensor]:
     """Read the wanted tensors; check the CRC of every record, wanted or not, in the same pass."""
     data = {entry.record: torch.empty(0, dtype=torch.uint8) for entry in wanted.values()}
     scratch = np.empty(1 << 20, np.uint8)
-    with open(opened.path, "rb", buffering=0) as file:
-        for record, place in opened.records.items():
+    with open(path, "rb", buffering=0) as file:
+        for record, place in records.items():
             if record in data:
                 data[record] = torch.empty(place[1], dtype=torch.uint8)
             _read_record(file, record, place, data[record].numpy() if record in data else scratch)
@@ -996,7 +974,7 @@ def _read_tensors(opened: _Opened, wanted: Mapping[str, _Stored]) -> dict[str, t
 README_MISSING = ("fc.weight", "fc.bias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KeyReport:
     """What was taken from a checkpoint, what was left, and why that is right.
 
@@ -1065,7 +1043,7 @@ class KeyReport:
                        f"{self.changed} of {self.loaded} tensors differ from a fresh "
                        f"initialisation; fingerprint {self.fingerprint[:16]}.", self.verdict]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         title, lines = self._lines()
         table = self.to_frame()
         widths = [max(map(len, [name, *table[name]])) for name in table]
@@ -1119,19 +1097,23 @@ def load_backbone(
     elif path is not None and Path(path).suffix == ".safetensors":
         tensors, report = _load_exported(method, Path(path))
     else:
-        file, weights = _locate(method, path, weights, Path(folder))
-        tensors, report = _load_file(method, file, weights, _as_tuple(allow_extra), cache)
+        file = _locate(method, weights, Path(folder), cache) if path is None else Path(path)
+        tensors, report = _load_file(
+            method, file, "file" if path else weights, _as_tuple(allow_extra), cache)
     return _build(tensors), report
 
 
-def _locate(method: str, path: Any, weights: str, folder: Path) -> tuple[Path, str]:
-    """Return the file to read, and what its weights are to be: "file", "stand-in", "published"."""
-    if path is not None:
-        return Path(path), "file"
+def _locate(method: str, weights: str, folder: Path, cache: bool | str) -> Path:
+    """Return the stand-in or published file of a method, written or fetched where it is absent."""
+    name = CHECKPOINTS[method].filename
     if _choose(weights, ("stand-in", "published"), "weights") == "published":
-        return Path(download_checkpoint(method, folder)), weights
-    file = folder / "stand-in" / CHECKPOINTS[method].filename
-    return (file if file.exists() else write_demo_checkpoint(method, file.parent)), weights
+        # a current cache stands for a file that was verified: no need to hash it again
+        return folder / name if cache and _is_current(folder / name) else Path(
+            download_checkpoint(method, folder))
+    folder = folder / "stand-in"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f".{name}.lock"):  # another process may be writing it
+        return folder / name if (folder / name).exists() else write_demo_checkpoint(method, folder)
 
 
 @functools.cache
@@ -1186,13 +1168,17 @@ def _load_file(
     method: str | None, path: Path, weights: str, allow_extra: tuple[str, ...], cache: bool | str,
 ) -> tuple[dict[str, torch.Tensor], KeyReport]:
     """Return the 318 tensors of a checkpoint and their report, from its cache where current."""
-    cached = _load_cache(path, allow_extra, cache) if cache else None
+    cached = _load_cache(path, allow_extra, cache == "verify") if cache else None
+    stamp = path.stat().st_mtime_ns if path.exists() else 0
     tensors, report = cached or _load_original(method, path, allow_extra)
     with _about(path):
+        if path.stat().st_mtime_ns != stamp:
+            raise CheckpointError("it was replaced while it was read: try again")
         _agree(method, report.method)
         _check_origin(path, weights, report)
     if cache and cached is None:
-        _write_cache(path, tensors, report)
+        with contextlib.suppress(OSError):  # in a read-only folder there is no cache
+            os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
     return tensors, replace(report, weights=report.weights if report.demo else weights)
 
 
@@ -1228,41 +1214,41 @@ def _load_original(
 ) -> tuple[dict[str, torch.Tensor], KeyReport]:
     """Open, match, read and check a checkpoint as its authors saved it."""
     with _about(path), ThreadPoolExecutor(1) as pool:
-        opened = _open_checkpoint(path, allow_extra)
+        top, records = _open_checkpoint(path, allow_extra)
         digest = pool.submit(_sha256, path)  # takes as long as all the rest: side by side
-        entries, notes = _without_ddp(opened.entries)
+        entries, wrapper = _unwrap(top)
+        entries, ddp = _without_ddp(entries)
         found, prefix = _recognise(entries)
         _agree(method, found)
         backbone, filled = _take_backbone(entries, prefix)
         groups = _sort_rest(entries, prefix, CHECKPOINTS[found], allow_extra)
-        evidence = groups or CHECKPOINTS[found].wrapper == "module" in opened.wrapper
-        if method is None and not evidence:
+        evident = bool(groups) or CHECKPOINTS[found].wrapper == "module" in wrapper
+        if method is None and not evident:
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
-        missing, unexpected, raised = _readme_snippet(found, entries)
-        tensors = _read_tensors(opened, backbone)
-        tensors |= {name: torch.tensor(0) for name in filled}
+        missing, unexpected, raises = _readme_snippet(found, entries)
+        tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
         _check_values(tensors)
-        if filled:
-            notes += (f"{len(filled)} num_batches_tracked were absent (PyTorch < 0.4.1): set to 0",)
-        if None in (crc for _, _, crc in opened.records.values()):
-            notes += ("legacy format (PyTorch < 1.6) without CRC: damage can go unnoticed",)
-        if prefix != CHECKPOINTS[found].prefix:
-            notes += (f"the backbone lay under {prefix}, not where the published file has it",)
-        if not evidence:
-            notes += (f"nothing but the keys' prefix {prefix!r} says that this is {found}",)
+        notes = {
+            "every key began with module. (DistributedDataParallel), which was removed": ddp,
+            "the authors' snippet raises here: fc.weight has another shape than torchvision's; the "
+            "head is left out, by rule": raises,
+            "53 num_batches_tracked were absent (PyTorch < 0.4.1): set to 0": filled,
+            "legacy format (PyTorch < 1.6) without CRC: damage can go unnoticed":
+                None in (crc for _, _, crc in records.values()),
+            f"the backbone lay under {prefix}, not where the published file has it":
+                prefix != CHECKPOINTS[found].prefix,
+            f"nothing but the prefix {prefix!r} of its keys says that this is {found}": not evident}
         return tensors, KeyReport(
-            found, "stand-in" if opened.stand_in else "file", path.name, path.stat().st_size,
+            found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
             digest.result(), changed=_changed(tensors), missing_keys=missing,
             unexpected_keys=unexpected, groups=groups, fingerprint=_fingerprint(tensors),
-            allow_extra=allow_extra, notes=(*notes, *raised))
+            allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true))
 
 
-def _without_ddp(entries: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Remove `module.` where every key begins with it."""
-    if not all(key.startswith("module.") for key in entries):
-        return entries, ()
-    return ({key.removeprefix("module."): value for key, value in entries.items()},
-            ("every key began with module. (DistributedDataParallel), which was removed",))
+def _without_ddp(entries: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Remove `module.` where every key begins with it, and say whether that was so."""
+    ddp = all(key.startswith("module.") for key in entries)
+    return {key.removeprefix("module.") if ddp else key: v for key, v in entries.items()}, ddp
 
 
 def _recognise(entries: Mapping[str, Any]) -> tuple[str, str]:
@@ -1278,8 +1264,8 @@ def _recognise(entries: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _is_backbone(key: str, prefix: str) -> bool:
-    """Say whether a key belongs to a part that a ResNet50 has (conv1, bn1, layer1 ... layer4)."""
-    parts = {name.split(".")[0] for name in _backbone_layout()}
+    """Say whether a key belongs to a part that a ResNet50 has."""
+    parts = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
     return key.startswith(prefix) and key[len(prefix):].split(".")[0] in parts
 
 
@@ -1358,23 +1344,20 @@ def _group_of(key: str, known: Iterable[str]) -> str:
 
 def _readme_snippet(
     method: str, entries: Mapping[str, Any],
-) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Return missing and unexpected keys as the authors' README snippet reports them, and a note.
+) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """Return missing and unexpected keys as the authors' README snippet reports them.
 
-    Its renaming isn't anchored. PyTorch never reports BatchNorm's counters as missing from a
-    plain dict. Where the snippet raises because of the head's shape, the head is left out.
+    Its renaming isn't anchored; PyTorch doesn't report BatchNorm's counters as missing from a
+    plain dict. Where the head's shape makes it raise (third value), the head is left out.
     """
     start = {"BYOL": "online_network.encoder.", "MoCo": "encoder_q."}.get(method, "model.")
     shapes = {key.replace(start, ""): getattr(entry, "shape", None)
               for key, entry in entries.items()}
     wanted = {name: tensor.shape for name, tensor in _resnet50().state_dict().items()}
-    note = ()
-    if shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]:
-        note = (f"the authors' snippet raises here: fc.weight is {shapes['fc.weight']}, "
-                "torchvision's (1000, 2048); the head is left out, by rule",)
-        shapes = {key: shape for key, shape in shapes.items() if not key.startswith("fc.")}
-    missing = [k for k in wanted if k not in shapes and not k.endswith("num_batches_tracked")]
-    return tuple(missing), tuple(key for key in shapes if key not in wanted), note
+    raises = shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]
+    keys = [key for key in shapes if not (raises and key.startswith("fc."))]
+    missing = [k for k in wanted if k not in keys and not k.endswith("num_batches_tracked")]
+    return tuple(missing), tuple(key for key in keys if key not in wanted), raises
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -1497,28 +1480,23 @@ def _cache_path(path: Path) -> Path:
     return path.with_name(path.name + ".backbone.safetensors")
 
 
+def _is_current(path: Path) -> bool:
+    """Say whether a file has a cache of its own age: written from it, neither touched since."""
+    cached = _cache_path(path)
+    return path.is_file() and cached.is_file() and (
+        path.stat().st_mtime_ns == cached.stat().st_mtime_ns)
+
+
 def _load_cache(
-    path: Path, allow_extra: tuple[str, ...], cache: bool | str,
+    path: Path, allow_extra: tuple[str, ...], verify: bool,
 ) -> tuple[dict[str, torch.Tensor], KeyReport] | None:
-    """Return the converted backbone of a file, or None where it is absent, outdated or damaged.
-
-    The cache carries its source's time stamp as its own, so a change of either file outdates it.
-    """
-    source, cached = path.stat() if path.exists() else None, _cache_path(path)
-    if source is None or not cached.exists() or cached.stat().st_mtime_ns != source.st_mtime_ns:
-        return None
-    with contextlib.suppress(CheckpointError):  # then it is written anew from the original
-        tensors, report = _read_backbone(cached, verify=cache == "verify")
-        if (report.size, report.allow_extra) == (source.st_size, allow_extra):
-            return tensors, report
+    """Return a file's converted backbone, or None: it is then written anew from the original."""
+    with contextlib.suppress(CheckpointError):
+        if _is_current(path):
+            tensors, report = _read_backbone(_cache_path(path), verify)
+            if (report.size, report.allow_extra) == (path.stat().st_size, allow_extra):
+                return tensors, report
     return None
-
-
-def _write_cache(path: Path, tensors: Mapping[str, torch.Tensor], report: KeyReport) -> None:
-    """Keep the backbone beside its file, with the same time stamp; a read-only folder is fine."""
-    stamp = path.stat().st_mtime_ns
-    with contextlib.suppress(OSError):
-        os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
 
 # --- end of checkpoints ---
 
@@ -3230,25 +3208,24 @@ def _weighted_score(
     if metric == "Brier":
         distance = ((scores.astype(float) - truth) ** 2).sum(1) / (classes if several else 2)
         return distance @ weights / weights.sum(0, dtype=float)
-    cut = metric in ("sensitivity", "specificity")
-    if cut and (threshold is None or several or classes != 2):
-        return np.full(weights.shape[1], np.nan)
-    answer = scores[:, 1] >= threshold if cut else scores.argmax(1)
-    said = scores > 0.5 if several else answer[:, None] == np.arange(classes)
+    answer = scores.argmax(1)
+    if metric in ("sensitivity", "specificity"):
+        if threshold is None or several or classes != 2:
+            return np.full(weights.shape[1], np.nan)
+        answer = scores[:, 1] >= threshold
+    said = scores > 0.5 if several else answer[:, None] == np.arange(classes)        # (N, C)
     hit, true, claimed, same = ((m.T.astype(np.float32) @ weights).astype(float) for m in (
         truth & said, truth, said, truth == said))                                   # (C, D)
     with np.errstate(invalid="ignore"):                    # 0 / 0 is NaN: a class without images
-        recall, f1 = hit / true, 2 * hit / (true + claimed)
-        micro = 2 * hit.sum(0) / (true + claimed).sum(0)
-    if metric == "ACC":
-        return same.mean(0) / weights.sum(0) if several else hit.sum(0) / true.sum(0)
-    if metric == "F1":                                     # scikit-learn's mean over what occurs
-        return np.nan_to_num(f1).mean(0) if several else np.nanmean(f1, 0)
-    if metric == "F1 paper":
-        return np.nan_to_num(f1[1] if classes == 2 and not several else micro)
-    recall = np.where((true == 0).any(0) | several, np.nan, recall)
-    return {"sensitivity": recall[-1], "specificity": recall[0], "balanced ACC": recall.mean(0)}[
-        metric]
+        recall = np.where((true == 0).any(0) | several, np.nan, hit / true)
+        f1, micro = 2 * hit / (true + claimed), 2 * hit.sum(0) / (true + claimed).sum(0)
+    one = f1[1] if classes == 2 and not several else micro
+    return {
+        "ACC": same.mean(0) / weights.sum(0) if several else hit.sum(0) / true.sum(0),
+        "balanced ACC": recall.mean(0), "sensitivity": recall[-1], "specificity": recall[0],
+        "F1": np.nan_to_num(f1).mean(0) if several else np.nanmean(f1, 0),
+        "F1 paper": np.nan_to_num(one),
+    }[metric]  # F1 as in scikit-learn: over the classes that occur, over all labels
 
 
 def _weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -3260,8 +3237,7 @@ def _weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray)
     order = np.argsort(scores)
     positive, scores = positive[order], scores[order]
     negatives, positives = weights[order[~positive]], weights[order[positive]]
-    below = np.zeros((len(negatives) + 1, weights.shape[1]), np.float32)
-    np.cumsum(negatives, axis=0, out=below[1:])
+    below = F.pad(torch.from_numpy(negatives).cumsum(0), (0, 0, 1, 0)).numpy()  # NumPy's is slow
     left, right = (np.searchsorted(scores[~positive], scores[positive], side)
                    for side in ("left", "right"))
     wins = (positives * (below[left] + below[right])).sum(0, dtype=float) / 2
@@ -3273,6 +3249,9 @@ def _weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray)
 # Results
 # =============================================================================
 
+ESTIMANDS = ("new seed and new test set", "new seed on this test set")
+ESTIMANDS = ("new seed and new test set", "new seed on this test set")
+ESTIMANDS = ("new seed and new test set", "new seed on this test set")
 ESTIMANDS = ("new seed and new test set", "new seed on this test set")
 ESTIMANDS = ("new seed and new test set", "new seed on this test set")
 RATES = ("lr", "backbone_lr")  # may be chosen for each method
@@ -3321,10 +3300,10 @@ def compare_methods(
     Differences are taken seed by seed: the same seed means the same labelled images and the same
     test images, so what varies alike cancels. Seeds are treated as the readers of a multi-reader
     study (Obuchowski and Rockette 1995): the variance of a mean over n seeds is sd^2 / n, plus,
-    for a new test set, the covariance that seeds share because they met the same test images.
-    That covariance is bootstrapped, all runs on the same draws of patients or images. Quantiles
-    are Student's, of both parts weighted by their variance (Cochran and Cox 1957); coverage is
-    shown by bench/simulate_studies.py. Neither estimand speaks of another pool of training images.
+    for a new test set, the covariance that seeds share because they met the same test images,
+    which is bootstrapped over patients or images. Quantiles are Student's, of both parts weighted
+    by their variance (Cochran and Cox 1957); bench/simulate_studies.py shows the coverage.
+    Neither estimand speaks of another pool of training images.
 
     Args:
         runs: from `load_runs`; unfinished runs are left out.
@@ -3370,18 +3349,17 @@ def compare_methods(
         for method, x in seeds.items():
             pairs = x.sub(seeds[control]).dropna(how="all")[:None if method != control else 0]
             own, other = (infer(a.to_numpy(), key[-1]) for a in (x, pairs))
+            ends = (own["low"], own["high"]) if loss else np.clip((own["low"], own["high"]), 0, 1)
             rows.append({
-                **dict(zip(cell, key)), "method": method, "n": len(x),
-                **{k: own[k] for k in ("mean", "sd", "low", "high")}, "values": tuple(x[0]),
+                **dict(zip(cell, key)), "method": method, "n": len(x), "mean": own["mean"],
+                "sd": own["sd"], "low": ends[0], "high": ends[1], "values": tuple(x[0]),
                 "n_pairs": len(pairs), "difference": other["mean"], "difference_sd": other["sd"],
                 "difference_low": other["low"], "difference_high": other["high"],
                 "p": other["p"], "p_holm": np.nan, "detectable": other["detectable"]})
-    order = {name: i for i, name in enumerate(METHOD_COLORS)}
-    table = pd.DataFrame(rows).sort_values(
-        [*cell, "method"], key=lambda c: c.map(order) if c.name == "method" else c,
-        ignore_index=True)
-    tested = table["p"].notna()
-    if tested.any():
+    rank = {name: i for i, name in enumerate(METHOD_COLORS)}
+    table = pd.DataFrame(rows).sort_values([*cell, "method"], ignore_index=True,
+                                           key=lambda c: c.map(rank) if c.name == "method" else c)
+    if (tested := table["p"].notna()).any():
         table.loc[tested, "p_holm"] = multipletests(table.loc[tested, "p"], method="holm")[1]
     table.attrs = {"metric": metric, "control": control, "loss": loss, "estimand": estimand,
                    "per": per, "by": list(by), "level": level, "stamp": done["stamp"].iloc[0]}
@@ -3392,7 +3370,7 @@ def _draw_scores(
     done: pd.DataFrame, index: list[str], metric: str, per: str, n_draws: int, seed: int,
 ) -> pd.DataFrame:
     """Return a row a run: its score in column 0, then under each draw of the test images."""
-    values, weights = {}, {}
+    values, weights, n_test = {}, {}, {}
     for row, run in done.iterrows():
         with np.load(run["folder"] / "predictions.npz", allow_pickle=False) as file:
             test, val = ([file[f"{prefix}{name}"] for name in ("labels", "scores", "groups")]
@@ -3404,10 +3382,10 @@ def _draw_scores(
             raise ValueError(f"No patient of {run['dataset']} is known. Compare per image.")
         key = run["test_fingerprint"]
         if key not in weights:
-            weights[key] = _resampling(_units(len(labels), groups), n_draws, seed)
+            units = _units(len(labels), groups)
+            weights[key], n_test[key] = _resampling(units, n_draws, seed), units.max() + 1
         values[row] = _weighted_score(metric, labels, scores, weights[key],
                                       choose_threshold(*val[:2]))
-    n_test = {key: int(w[:, 0].sum()) for key, w in weights.items()}
     levels = done.assign(n_test=done["test_fingerprint"].map(n_test))[index]
     return pd.DataFrame(np.stack(list(values.values())), pd.MultiIndex.from_frame(levels))
 
@@ -3437,9 +3415,10 @@ def _infer(
     found["mean"] = values.mean()
     if n == 1:
         return found
-    cov = np.atleast_2d(np.cov(draws[:, ~np.isnan(draws).any(0)]))
-    parts = np.array([values.var(ddof=1) / n,
-                      max(0.0, (cov.sum() - cov.trace()) / (n * (n - 1))) if images else 0.0])
+    parts = np.array([values.var(ddof=1) / n, 0.0])
+    if images:
+        cov = np.cov(draws[:, ~np.isnan(draws).any(0)])                              # (n, n)
+        parts[1] = max(0.0, (cov.sum() - cov.trace()) / (n * (n - 1)))
     error = math.sqrt(parts.sum())
 
     def quantile(tail: float) -> float:
@@ -3507,8 +3486,9 @@ def describe_comparison(table: pd.DataFrame) -> str:
         unclear = part[part["p_holm"] >= alpha]
         if len(unclear):
             lines.append(f"{where} no difference shown between {control} and "
-                         f"{', '.join(unclear['method'])}. This many seeds and test images show a "
-                         f"difference of {unclear['detectable'].max():.2f} four times in five.")
+                         f"{', '.join(unclear['method'])}. So few seeds and test images show "
+                         + ("a difference of {:.2f} four times in five.".format(size)
+                            if (size := unclear["detectable"].max()) < 1 else "none reliably."))
         undefined = part[part["p_holm"].isna()]["method"]
         if len(undefined):
             lines.append(f"{where} {', '.join(undefined)}: nothing can be said. That takes two "
@@ -3682,7 +3662,7 @@ def plot_label_fractions(table: pd.DataFrame) -> Figure:
         axis.errorbar(x, rows["mean"], (rows["mean"] - rows["low"], rows["high"] - rows["mean"]),
                       fmt="-o", color=color, label=method, lw=1.2, ms=4, capsize=2)
         single = rows.assign(x=x)[["x", "values"]].explode("values").astype(float)
-        axis.plot(single["x"], single["values"], ".", color=color, alpha=0.4, ms=4)
+        axis.plot(single["x"], single["values"], "_", color=color, alpha=0.6, ms=9)
     fractions = sorted(table["label_fraction"].unique())
     axis.set_xscale("log")
     axis.set_xticks(fractions, [f"{f:g}" for f in fractions])
@@ -3693,7 +3673,7 @@ def plot_label_fractions(table: pd.DataFrame) -> Figure:
     seeds = f"{low}" if low == high else f"{low} to {high}"
     unit = "patients" if facts["per"] == "patient" else "test patients or images"
     axis.set_title(_titled(
-        f"{table['dataset'].iloc[0]}: mean of {seeds} seeds, dots are seeds, {n_test} {unit}\n"
+        f"{table['dataset'].iloc[0]}: mean of {seeds} seeds, dashes are seeds, {n_test} {unit}\n"
         f"{facts['level']:.0%} interval for a {facts['estimand']}", facts["stamp"]), fontsize=9)
     plt.close(figure)
     return figure
@@ -3755,7 +3735,7 @@ def write_demo_checkpoint(
 
 
 def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """318 random tensors: He's initialisation, BatchNorm moved a little so that nothing is fresh."""
+    """318 random tensors: He's initialisation, BatchNorm moved so that nothing is fresh."""
     state = {}
     for name, blank in _backbone_layout().items():
         if name.endswith("num_batches_tracked"):

@@ -198,14 +198,7 @@ def built(case: files.Case) -> Iterator[tuple[Path, Path]]:
 def trust(case: files.Case, folder: Path) -> None:
     """Load the good file as the published one, so that its checksum is recorded."""
     case.good(folder).replace(folder / medssl.CHECKPOINTS[case.method].filename)
-
-    def work() -> Outcome:
-        medssl.load_backbone(case.method, weights="published", folder=folder, cache=False)
-        return Outcome("loaded")
-
-    outcome = isolated(work)
-    if outcome.what != "loaded":
-        raise RuntimeError(f"the good file of {case.id} could not be recorded: {outcome}")
+    medssl.load_backbone(case.method, weights="published", folder=folder, cache=False)
 
 
 @functools.cache

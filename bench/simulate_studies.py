@@ -19,6 +19,7 @@ Every line is one combination of seeds, test images and spread between seeds; sh
 """
 
 import argparse
+import gc
 import itertools
 import sys
 import time
@@ -105,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Coverage, false alarms and power, by simulation.")
     parser.add_argument("--studies", type=int, default=500, help="simulated studies per line")
     options = parser.parse_args()
+    gc.freeze()  # statsmodels collects garbage in every call, among all that torch has made
     began, lines = time.perf_counter(), {}
     for cell in itertools.product((0.01, 0.03), (3, 5, 10), (118, 203, 624)):
         lines[cell] = simulate(options.studies, cell[1], cell[2], cell[0])
@@ -116,6 +118,7 @@ def main() -> None:
           f"coverage {covered.min(axis=None):.1f} to {covered.max(axis=None):.1f} %, "
           f"false alarms at most {table['alarm'].max():.1f} %, "
           f"any after Holm at most {table['any'].max():.1f} %")
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

@@ -471,7 +471,7 @@ def test_a_picture_twice_in_one_split_is_a_warning(phantoms):
 
 
 def test_a_patient_in_two_splits_is_an_error(phantoms):
-    groups = phantoms.val.groups.copy()
+    groups = phantoms.val.groups.astype("U40")
     groups[0] = phantoms.train.groups[0]
     report = m.check_splits(plant(phantoms, "val", groups=groups))
     assert report.tables["patients"].index.tolist() == [phantoms.train.groups[0]]

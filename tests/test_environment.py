@@ -19,7 +19,7 @@ RUNTIME = PROJECT["dependencies"]
 TEST = PROJECT["optional-dependencies"]["test"]
 
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}  # conda name -> the one in pyproject
-IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
 # Dependencies that the notebooks and tests use without importing them.
 NOT_IMPORTED = {"jupyterlab", "ipywidgets", "ipykernel", "nbval", "nbconvert"}
 
@@ -85,7 +85,8 @@ def test_a_changed_floor_would_be_noticed(tmp_path):
 
 def test_every_import_is_a_declared_dependency():
     declared = {IMPORT_NAMES.get(n, n) for n in floors(RUNTIME + TEST)}
-    local = {p.stem for pattern in ("*.py", "tests/*.py", "bench/*.py") for p in ROOT.glob(pattern)}
+    patterns = ("*.py", "tests/*.py", "bench/*.py", "bench")
+    local = {p.stem for pattern in patterns for p in ROOT.glob(pattern)}
     assert imported_modules() - declared - local - sys.stdlib_module_names == set()
 
 

@@ -1,6 +1,9 @@
 """Scores, tables and what may be compared with what."""
 
+import gc
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,6 +14,14 @@ from statsmodels.stats.multitest import multipletests
 import medssl_utils as medssl
 
 LABELS = np.arange(60) % 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_garbage():
+    """statsmodels collects garbage in every call, among all that torch has made: 0.6 s each."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def draw_scores(strength, seed, labels=LABELS):
@@ -289,6 +300,16 @@ def test_patients_are_compared_by_their_mean_probability(tmp_path):
     assert row["values"][0] == pytest.approx(auc(pooled[1], pooled[0]))
 
 
+def test_images_of_one_patient_are_no_independent_test_images(tmp_path):
+    groups = np.array([f"p{i // 4}" for i in range(60)])
+    for seed in range(2):
+        write_run(tmp_path / "known", "random", seed, groups=groups)
+        write_run(tmp_path / "unknown", "random", seed)
+    n = [medssl.compare_methods(medssl.load_runs(tmp_path / name))["n_test"].item()
+         for name in ("known", "unknown")]
+    assert n == [15, 60]
+
+
 def test_comparison_by_patient_needs_patients(tmp_path):
     write_run(tmp_path)
     with pytest.raises(ValueError, match="Compare per image"):
@@ -346,11 +367,37 @@ def test_summary_knows_that_less_is_better_for_brier(tmp_path):
 
 # --- small simulations of whole studies (bench/statistics.py is the full one) ------------------
 
-def simulate(shift, n_studies=150, n_seeds=3, n_test=118):
-    """Table of inferences about the difference of two methods, as `bench/statistics.py` does."""
-    from bench import statistics
+@pytest.fixture(scope="module")
+def bench():
+    path = Path(__file__).resolve().parent.parent / "bench" / "simulate_studies.py"
+    spec = importlib.util.spec_from_file_location("simulate_studies", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    return statistics.simulate(n_studies, n_seeds, n_test, shift=shift, n_draws=100)
+
+@pytest.fixture(scope="module")
+def shares(bench):
+    """Small for speed: 200 studies of 3 seeds and 118 test images, 1.5 points of error."""
+    return bench.simulate(200, n_seeds=3, n_test=118, n_draws=100)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(shares):
+    covered = shares[[c for c in shares.index if c.startswith(("mean", "difference"))]]
+    assert len(covered) == 4 and covered.between(91, 99).all(), covered
+
+
+def test_equal_methods_raise_few_alarms(shares):
+    assert shares["alarm"] <= 6 and shares["any"] <= 6, shares
+
+
+def test_a_bootstrap_of_the_seeds_alone_would_promise_too_much(shares):
+    assert shares["percentile"] < 85, shares
+
+
+def test_a_planted_difference_is_found_with_seeds_and_images_enough(bench):
+    found = bench.simulate(20, n_seeds=10, n_test=624, seed_sd=0.01, n_draws=100)
+    assert found["power, Holm"] >= 80, found
 
 
 # --- what must not be mixed --------------------------------------------------------------------
