@@ -23,7 +23,6 @@ NOTEBOOK := $(PY) -m papermill --cwd notebooks --no-progress-bar
 # ImageNet weights are a download, so a demo goes without them.
 define GRID
 import sys
-from concurrent.futures import ProcessPoolExecutor
 import medssl_utils as medssl
 
 weights, dataset, recipe, study, workers = sys.argv[1:]
@@ -34,12 +33,11 @@ grid = {
     "seed": [0, 1],
 }
 runs = medssl.run_study(
-    grid, notebook="notebooks/03_fine_tune.ipynb", output_dir=f"runs/{study}/notebooks",
-    executor=ProcessPoolExecutor(int(workers)),
+    grid, workers=int(workers), progress="log", notebook="notebooks/03_fine_tune.ipynb",
     weights=weights, dataset=dataset, recipe=recipe, study=study,
 )
 failed = runs[runs["error"] != ""]
-sys.exit(f"{len(failed)} runs failed:\n{failed.to_string()}" if len(failed) else 0)
+sys.exit("\n".join(["Failed:", *failed["error"]]) if len(failed) else 0)
 endef
 export GRID
 
@@ -56,10 +54,11 @@ workbook: $(READY)  ## run the notebooks into runs/workbook, from the checkpoint
 	    -r weights "$(WEIGHTS)"
 	OMP_NUM_THREADS=1 $(PY) -c "$$GRID" \
 	    "$(WEIGHTS)" "$(DATASET)" "$(RECIPE)" "$(STUDY)" "$(WORKERS)"
+	OMP_NUM_THREADS=1 $(NOTEBOOK) notebooks/04_run_study.ipynb "$(OUT)/04_run_study.ipynb"
 	$(NOTEBOOK) notebooks/05_compare_results.ipynb "$(OUT)/05_compare_results.ipynb" \
 	    -r study_dir "../$(OUT)"
 	@echo "Done. Read $(OUT)/05_compare_results.ipynb first: which method wins, and is it noise?"
-	@echo "Each folder in $(OUT) is one run, with its scores in metrics.json."
+	@echo "Each folder in $(OUT) is one run: its notebook.ipynb, its scores in metrics.json."
 	@echo "\`make lab\` opens the notebooks."
 
 lab: $(READY)  ## open JupyterLab

@@ -26,23 +26,26 @@ import itertools
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import pickletools
 import platform
+import queue
 import random
 import re
 import shutil
 import struct
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
 import zlib
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
-    Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed,
+    BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor,
 )
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,7 +80,7 @@ __all__ = [
     # Results
     "load_runs", "compare_methods", "describe_comparison",
     # Study
-    "run_study",
+    "plan_study", "run_study",
     # Figures
     "plot_images", "plot_history", "plot_confusion", "plot_label_fractions",
     # Demo
@@ -681,6 +684,8 @@ class _PickleReader:
         if not (isinstance(module, str) and isinstance(name, str)):
             raise ValueError("a name that is no text")
         full = _Name(f"{module}.{name}")
+        if len(full) > 500:
+            raise ValueError(f"it holds a name of {len(full):,} letters: {full[:80]}")
         known = full in _DTYPES or full in _REBUILD or full in self.allowed
         # no dots: `module` then names a real module, and `name` something that it defines
         self.names[full] = known or "." not in name and bool(_HARMLESS.fullmatch(full))
@@ -721,14 +726,16 @@ def _made(name: Any, arguments: Sequence[Any]) -> Any:
         if any(arguments[6:]):
             raise ValueError("a negative view or conjugate of a tensor")
         return _stored(*arguments[:4])
-    return dict(arguments[0]) if arguments and isinstance(arguments[0], dict) else {}
+    # itself, not a copy: a small pickle could ask for a million of them
+    return arguments[0] if arguments and isinstance(arguments[0], dict) else {}
 
 
 def _stored(storage: tuple, offset: int, shape: tuple, stride: tuple) -> _Stored:
     """Return a tensor's place after checking that it fills a stretch of its storage once."""
     record, dtype, numel = storage
     numbers = (offset, *shape, *stride)
-    if len(shape) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
+    if not len(shape) == len(stride) <= 16 or any(
+            type(n) is not int or not 0 <= n < 1 << 48 for n in numbers):
         raise ValueError(f"a tensor of {record} has no valid shape")
     if offset + math.prod(shape) > numel:
         raise ValueError(f"a tensor of shape {shape} at {offset} reaches out of {record} ({numel})")
@@ -751,8 +758,9 @@ def _about(path: Path) -> Iterator[None]:
     """Let the errors raised within begin with the file's path."""
     try:
         yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}.") from None
+    except CheckpointError as error:  # it may quote the file: no terminal shall obey that
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error))
+        raise CheckpointError(f"{path}: {text}.") from None
 
 
 def load_state_dict(
@@ -924,12 +932,13 @@ def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict[str, 
 
     reader, records = _PickleReader(claim, allow_extra), {}
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        _, _, system, top, keys = (reader.read(content) for _ in range(5))
+        head = io.BytesIO(content[:MAX_PICKLE_BYTES])
+        _, _, system, top, keys = (reader.read(head) for _ in range(5))
         if not (isinstance(system, dict) and system.get("little_endian") is True):
             raise CheckpointError("its byte order isn't little-endian, which alone can be read")
         if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(sizes):
             raise CheckpointError("it is damaged: its list of storages isn't its tensors' list")
-        first = content.tell()
+        first = head.tell()
         for key in keys:
             records[key] = (first + 8, sizes[key], None)  # 8 bytes: the number of elements
             first += 8 + sizes[key]
@@ -1338,7 +1347,7 @@ def _sort_rest(
 
 def _group_of(key: str, known: Iterable[str]) -> str:
     """Return the shortest dotted start of a key that leads to nothing known."""
-    starts = [part + "." for part in itertools.accumulate(key.split(".")[:-1], "{}.{}".format)]
+    starts = (s + "." for s in itertools.accumulate(key.split(".")[:-1], "{}.{}".format))
     return next((s for s in starts if not any(name.startswith(s) for name in known)), key)
 
 
@@ -1355,7 +1364,7 @@ def _readme_snippet(
               for key, entry in entries.items()}
     wanted = {name: tensor.shape for name, tensor in _resnet50().state_dict().items()}
     raises = shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]
-    keys = [key for key in shapes if not (raises and key.startswith("fc."))]
+    keys = {key: None for key in shapes if not (raises and key.startswith("fc."))}
     missing = [k for k in wanted if k not in keys and not k.endswith("num_batches_tracked")]
     return tuple(missing), tuple(key for key in keys if key not in wanted), raises
 
@@ -1549,12 +1558,12 @@ class Split:
         columns = (self.images, self.labels, self.ids, self.groups, self.articles)
         return Split(*(None if c is None else c[index] for c in columns))
 
-    @property
+    @functools.cached_property
     def ids_fingerprint(self) -> str:
         """SHA-256 of the ids alone: which images these are, at whatever size."""
         return hashlib.sha256("\n".join(map(str, self.ids)).encode()).hexdigest()
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of ids, labels and pixels."""
         digest = hashlib.sha256(self.ids_fingerprint.encode())
@@ -1594,7 +1603,7 @@ class DataSplits:
     task: str = "binary"
     published_split: bool = False
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of train, val and test."""
         parts = (getattr(self, name).fingerprint for name in SPLITS)
@@ -1822,22 +1831,24 @@ def _covid_ct_article(image_id: str) -> str:
 
 
 def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
-    """Map "CT_COVID/stem" to a patient id from what meta tables there are; return notes too.
-
-    Read are `manifest.csv` (path, patient_id) or else the repository's own meta tables.
-    """
+    """Map "CT_COVID/stem" to a patient id by the meta tables that are there; return notes too."""
     tables = (("manifest.csv", "path", "patient_id", ""),
               ("COVID-CT-MetaInfo.xlsx", "File name", "Patient ID", "CT_COVID/"),
               ("NonCOVID-CT-MetaInfo.csv", "image name", "patient id", "CT_NonCOVID/"))
     patients: dict[str, str] = {}
+    notes = []
     for filename, column, patient, prefix in tables:
-        if not (folder / filename).is_file() or (patients and filename == "manifest.csv"):
+        if not (folder / filename).is_file():
             continue
         read = pd.read_csv if filename.endswith(".csv") else pd.read_excel
-        table = read(folder / filename, dtype=str)[[column, patient]].dropna()
+        try:
+            table = read(folder / filename, dtype=str)[[column, patient]].dropna()
+        except (ImportError, KeyError, ValueError) as error:
+            notes.append(f"{filename} could not be used: {error}")   # ImportError: no openpyxl
+            continue
         stems = (prefix + table[column].str.strip()).str.replace(r"\.(png|jpe?g)$", "", regex=True)
-        patients.update(zip(stems, table[patient].str.strip()))
-    return patients, [] if patients else ["No meta table: patients are unknown."]
+        patients.update(zip(stems, table[patient].str.strip(), strict=True))
+    return patients, notes if patients or notes else ["No meta table: patients are unknown."]
 
 
 def _decode_all(sources: Sequence[Any], ids: Sequence[str], image_size: int,
@@ -1993,6 +2004,8 @@ def _stratified_subset(labels: np.ndarray, fraction: float, seed: int,
     order = np.random.default_rng(seed).permutation(len(sizes))
     core, have = np.zeros(len(sizes), bool), np.zeros(member.shape[1])
     for u in order:
+        if (have >= min_per_class).all():
+            break
         core[u] = ((have < min_per_class) & (counts[u] > 0)).any()
         have += counts[u] * core[u]
     chosen = core.copy()
@@ -2326,7 +2339,7 @@ class FineTuneConfig:
     def demo(cls) -> FineTuneConfig:
         """Return a recipe that learns the phantoms from scratch on a CPU in seconds."""
         return cls(
-            recipe="demo", image_size=64, epochs=5, batch_size=8, lr=1e-3, backbone_lr=1e-3,
+            recipe="demo", image_size=48, epochs=5, batch_size=16, lr=1e-3, backbone_lr=1e-3,
             freeze_epochs=0, warmup=0.1, augment=(), normalise="dataset",
         )
 
@@ -2553,6 +2566,10 @@ def _is_watched() -> bool:
 
 class TrainingError(RuntimeError):
     """Training could not go on; says where it stopped and what to do next."""
+
+
+class BusyError(TrainingError):
+    """Another process is writing this run."""
 
 
 def train_one_epoch(
@@ -2889,8 +2906,8 @@ def _sole_writer(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout:
-        raise TrainingError(f"Another process is writing {folder.name} right now. "
-                            "Wait for it, then ask again: the finished run will be loaded.") from None
+        raise BusyError(f"Another process is writing {folder.name} right now. "
+                        "Wait for it, then ask again: the finished run will be loaded.") from None
 
 
 def describe_environment(device: str = "auto") -> str:
@@ -2998,8 +3015,10 @@ def fine_tune(
             _save_weights(folder / "best.safetensors", net.state_dict())
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
         _write_predictions(folder / "predictions.npz", data, results)
+        threshold = choose_threshold(data.val.labels, results["val"][2])
         _write_json(folder / "metrics.json", {
-            **results["test"][1], "loss": results["test"][0], "n_test": len(data.test),
+            **score(data.test.labels, results["test"][2], threshold=threshold),
+            "threshold": threshold, "loss": results["test"][0], "n_test": len(data.test),
             "lr": history[best].get("lr_candidate", config.lr),
             "val": results["val"][1], "best_epoch": best, "train_seconds": trained - began,
             "seconds": time.perf_counter() - began, "mean": prep.mean, "std": prep.std,
@@ -3250,10 +3269,6 @@ def _weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray)
 # =============================================================================
 
 ESTIMANDS = ("new seed and new test set", "new seed on this test set")
-ESTIMANDS = ("new seed and new test set", "new seed on this test set")
-ESTIMANDS = ("new seed and new test set", "new seed on this test set")
-ESTIMANDS = ("new seed and new test set", "new seed on this test set")
-ESTIMANDS = ("new seed and new test set", "new seed on this test set")
 RATES = ("lr", "backbone_lr")  # may be chosen for each method
 MUST_AGREE = ("test_fingerprint", "dataset_fingerprint", *(
     f.name for f in dataclasses.fields(FineTuneConfig) if f.name not in RATES))
@@ -3269,7 +3284,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
     Returns:
         What was asked for (dataset, method, recipe, label_fraction, seed, stamp, ...), the test
         scores (None where undefined), `status` ("done", or "unfinished" for a folder without
-        metrics.json) and `folder`.
+        metrics.json) and `folder`. In a study with demo runs the controls are part of the demo.
 
     Raises:
         FileNotFoundError: no run lies below `folder`.
@@ -3281,13 +3296,17 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         done = path.with_name("metrics.json")
         if done.exists():
             metrics = json.loads(done.read_text())
+            metrics["chosen_lr"] = metrics.pop("lr", None)  # beside the one that was asked for
             row |= {k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}
         rows.append({**row, "status": "done" if done.exists() else "unfinished",
                      "folder": path.parent})
     if not rows:
         raise FileNotFoundError(f"No runs in {Path(folder).name!r}. Run notebook 03 first, "
                                 "or set the folder of a study that has been run.")
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    study = table["folder"].map(lambda path: path.parent)
+    of_demo = study.isin(study[table["stamp"] == "DEMO"]) & table["method"].isin(CONTROLS)
+    return table.assign(stamp=table["stamp"].mask(of_demo, "DEMO"))
 
 
 def compare_methods(
@@ -3315,6 +3334,7 @@ def compare_methods(
         per: "image", or "patient": probabilities averaged, see `pool_by_patient`.
         by: columns to keep apart that would else have to agree, such as "recipe".
         level: of the intervals, in (0, 1).
+        n_draws, seed: of the bootstrap.
 
     Returns:
         A row per dataset, `by`, label_fraction and method: n_test (patients where known, else
@@ -3338,27 +3358,9 @@ def compare_methods(
     draws = _draw_scores(done, [*cell, "method", "seed"], metric, per, n_draws, seed)
     if loss:
         draws = _losses(draws) * (-1 if metric == "Brier" else 1)
-    family = len(draws.groupby([*cell, "method"])) - len(draws.groupby(cell))
-    infer = functools.partial(_infer, level=level, family=family, images=estimand == ESTIMANDS[0])
-    rows = []
-    for key, part in draws.groupby(cell):
-        seeds = {m: p.droplevel([*cell, "method"]) for m, p in part.groupby("method")}
-        if control not in seeds:
-            raise ValueError(f"No run of the control {control!r} for {dict(zip(cell, key))}. "
-                             f"Run it, or choose a control among: {', '.join(seeds)}.")
-        for method, x in seeds.items():
-            pairs = x.sub(seeds[control]).dropna(how="all")[:None if method != control else 0]
-            own, other = (infer(a.to_numpy(), key[-1]) for a in (x, pairs))
-            ends = (own["low"], own["high"]) if loss else np.clip((own["low"], own["high"]), 0, 1)
-            rows.append({
-                **dict(zip(cell, key)), "method": method, "n": len(x), "mean": own["mean"],
-                "sd": own["sd"], "low": ends[0], "high": ends[1], "values": tuple(x[0]),
-                "n_pairs": len(pairs), "difference": other["mean"], "difference_sd": other["sd"],
-                "difference_low": other["low"], "difference_high": other["high"],
-                "p": other["p"], "p_holm": np.nan, "detectable": other["detectable"]})
-    rank = {name: i for i, name in enumerate(METHOD_COLORS)}
-    table = pd.DataFrame(rows).sort_values([*cell, "method"], ignore_index=True,
-                                           key=lambda c: c.map(rank) if c.name == "method" else c)
+    table = _tabulate(draws, cell, control, level=level, images=estimand == ESTIMANDS[0])
+    if not loss:
+        table[["low", "high"]] = table[["low", "high"]].clip(0, 1)
     if (tested := table["p"].notna()).any():
         table.loc[tested, "p_holm"] = multipletests(table.loc[tested, "p"], method="holm")[1]
     table.attrs = {"metric": metric, "control": control, "loss": loss, "estimand": estimand,
@@ -3388,6 +3390,33 @@ def _draw_scores(
                                       choose_threshold(*val[:2]))
     levels = done.assign(n_test=done["test_fingerprint"].map(n_test))[index]
     return pd.DataFrame(np.stack(list(values.values())), pd.MultiIndex.from_frame(levels))
+
+
+def _tabulate(
+    draws: pd.DataFrame, cell: list[str], control: str, **options: Any,
+) -> pd.DataFrame:
+    """Return a row per cell and method: its own mean, and its paired difference to the control."""
+    family = len(draws.groupby([*cell, "method"])) - len(draws.groupby(cell))
+    rows = []
+    for key, part in draws.groupby(cell):
+        seeds = {m: p.droplevel([*cell, "method"]) for m, p in part.groupby("method")}
+        if control not in seeds:
+            raise ValueError(f"No run of the control {control!r} for {dict(zip(cell, key))}. "
+                             f"Run it, or choose a control among: {', '.join(seeds)}.")
+        for method, x in seeds.items():
+            pairs = x.sub(seeds[control]).dropna(how="all")[:None if method != control else 0]
+            own, other = (_infer(a.to_numpy(), key[-1], family=family, **options)
+                          for a in (x, pairs))
+            rows.append({
+                **dict(zip(cell, key)), "method": method, "n": len(x), "mean": own["mean"],
+                "sd": own["sd"], "low": own["low"], "high": own["high"], "values": tuple(x[0]),
+                "n_pairs": len(pairs), "difference": other["mean"], "difference_sd": other["sd"],
+                "difference_low": other["low"], "difference_high": other["high"],
+                "p": other["p"], "p_holm": np.nan, "detectable": other["detectable"]})
+    rank = {name: i for i, name in enumerate(METHOD_COLORS)}
+    return pd.DataFrame(rows).sort_values(
+        [*cell, "method"], ignore_index=True,
+        key=lambda column: column.map(rank) if column.name == "method" else column)
 
 
 def _losses(draws: pd.DataFrame) -> pd.DataFrame:
@@ -3470,9 +3499,10 @@ def describe_comparison(table: pd.DataFrame) -> str:
     facts = table.attrs
     metric, control, alpha = facts["metric"], facts["control"], 1 - facts["level"]
     others = table[table["method"] != control]
-    lines = [f"{facts['stamp']} {metric}{' lost' * facts['loss']} per {facts['per']}, held against "
-             f"{control}; {facts['level']:.0%} intervals for a {facts['estimand']}; p after Holm's "
-             f"correction for {others['p'].count()} comparisons.".lstrip()]
+    what = f"loss of {metric} with fewer labels" if facts["loss"] else metric
+    lines = [f"{facts['stamp']} {what}, scored per {facts['per']}, held against {control}; "
+             f"{facts['level']:.0%} intervals for a {facts['estimand']}; p after Holm's correction "
+             f"for {others['p'].count()} comparisons.".lstrip()]
     for key, whole in table.groupby(["dataset", *facts["by"], "label_fraction"], sort=False):
         part = whole[whole["method"] != control]
         where = f"{', '.join(map(str, key[:-1]))}, {key[-1]:g} of the labels:"
@@ -3485,10 +3515,11 @@ def describe_comparison(table: pd.DataFrame) -> str:
                          f"{row.difference_high:+.3f}], p = {row.p_holm:.2g}, {row.n_pairs} seeds.")
         unclear = part[part["p_holm"] >= alpha]
         if len(unclear):
+            size = unclear["detectable"].max()
+            power = (f"would show a difference of {size:.2f} four times in five" if size < 1
+                     else "is too small to show any difference reliably")
             lines.append(f"{where} no difference shown between {control} and "
-                         f"{', '.join(unclear['method'])}. So few seeds and test images show "
-                         + ("a difference of {:.2f} four times in five.".format(size)
-                            if (size := unclear["detectable"].max()) < 1 else "none reliably."))
+                         f"{', '.join(unclear['method'])}. This study {power}.")
         undefined = part[part["p_holm"].isna()]["method"]
         if len(undefined):
             lines.append(f"{where} {', '.join(undefined)}: nothing can be said. That takes two "
@@ -3505,10 +3536,183 @@ def describe_comparison(table: pd.DataFrame) -> str:
 # Study
 # =============================================================================
 
+# A cell of a study is a dict of these and of FineTuneConfig's fields; these are the defaults.
+ASKED: dict[str, Any] = {"method": "SparK", "weights": "stand-in", "dataset": "phantom",
+                         "recipe": "demo", "label_fraction": 1.0, "seed": 0}
+WHERE: dict[str, Any] = {"study": "study", "runs_dir": "runs", "data_dir": "data",
+                         "checkpoints_dir": "checkpoints", "device": "auto", "notebook": "",
+                         "unofficial": False, "keep_best": False}
+WEIGHT_BYTES = 94.4e6  # of a ResNet50; a resume file holds four times as much
+BUSY_SECONDS = 2.0     # between two looks at runs that another process is writing
+ATTEMPTS = 3           # a cell is given up when its worker has died so often
+_one_at_a_time = threading.Lock()
 
-def expand_grid(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Return every combination of the grid's values, the last name varying fastest."""
-    return [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+
+class _Here(Executor):
+    """Runs a call at once, in this process."""
+
+    def submit(self, fn: Callable, /, *args: Any, **options: Any) -> Future:
+        """Call `fn` now; the future holds its result or its error."""
+        future = Future()
+        try:
+            future.set_result(fn(*args, **options))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return a study's cells, whole seeds first: half a study is then one of fewer seeds."""
+    fields = [f.name for f in dataclasses.fields(FineTuneConfig)]
+    for name in (*grid, *fixed):
+        _choose(name, dict.fromkeys((*ASKED, *WHERE, *fields)), "Setting")
+    for name, values in grid.items():
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"The grid's {name} is {values!r}; give a list, such as [{values!r}].")
+    common = {**ASKED, **WHERE, **fixed, "token": time.time_ns()}  # for _once: studies keep apart
+    for name in ("runs_dir", "data_dir", "checkpoints_dir", "notebook"):
+        if common[name]:  # workers and notebooks start in other folders
+            common[name] = str(Path(common[name]).resolve())
+    cells = [common | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    return sorted(cells, key=lambda cell: (str(cell["dataset"]), cell["recipe"], cell["seed"]))
+
+
+@functools.lru_cache(maxsize=8)
+def _once(token: int, load: Callable, name: str, **options: Any) -> Future:
+    """Load something once for all cells of a study in this process; an error is kept as well."""
+    return _Here().submit(load, name, **options)
+
+
+def _cell_data(cell: Mapping[str, Any]) -> tuple[FineTuneConfig, DataSplits]:
+    """Return recipe and data set of a cell."""
+    fields = {f.name for f in dataclasses.fields(FineTuneConfig)} - {"recipe"}
+    config = FineTuneConfig.named(cell["recipe"], cell["dataset"],
+                                  **{name: cell[name] for name in fields & cell.keys()})
+    return config, _once(
+        cell["token"], load_data, cell["dataset"], image_size=config.image_size,
+        data_dir=cell["data_dir"], unofficial=cell["unofficial"],
+        dtype="float32" if config.recipe == "paper" else "uint8").result()
+
+
+def _cell_backbone(cell: Mapping[str, Any]) -> tuple[nn.Module, KeyReport]:
+    """Return backbone and report of a cell; only the control `random` depends on the seed."""
+    return _once(cell["token"], load_backbone, cell["method"], weights=cell["weights"],
+                 folder=cell["checkpoints_dir"],
+                 seed=cell["seed"] if cell["method"] == "random" else 0).result()
+
+
+def _cell_folder(cell: Mapping[str, Any]) -> Path:
+    """Return the run folder of a cell; its name follows from weights and data, which are read."""
+    config, data = _cell_data(cell)
+    subset = label_subset(data.train.labels, cell["label_fraction"], seed=cell["seed"],
+                          groups=data.train.groups, rule=config.subset_rule)
+    return Path(cell["runs_dir"], cell["study"], run_name(_settings(
+        _cell_backbone(cell)[1], data, config, subset, cell["label_fraction"], cell["seed"])))
+
+
+def _look(cell: Mapping[str, Any], begun: Container[str]) -> dict[str, Any]:
+    """Return a cell's row: what is asked for, how far its run folder is, how much work it is.
+
+    Args:
+        begun: names of run folders without their digest. Others need not be looked for, which
+            saves reading the weights.
+    """
+    row = {name: value for name, value in cell.items() if name not in (*WHERE, "token")}
+    row |= {"status": "to do", "error": "", "folder": None, "n_train": 0, "images": 0,
+            "seconds": 0.0, "gigabytes": 0.0}
+    try:
+        _choose(cell["method"], (*METHODS, *CONTROLS), "method")
+        config, data = _cell_data(cell)
+        n, n_val, n_test = cell["label_fraction"] * len(data.train), len(data.val), len(data.test)
+        epochs = 1 if config.recipe == "linear" else config.epochs * max(
+            1, len(config.lr_candidates))
+        row["n_train"] = round(n)  # below: a forward pass is a third of a training step
+        row["images"] = round(epochs * (n + n_val / 3) + (n_val + n_test) / 3)
+        if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
+            row["folder"] = _cell_folder(cell)
+            files = [(row["folder"] / name).exists() for name in ("metrics.json", "config.json")]
+            row["status"] = "done" if files[0] else "unfinished" if files[1] else "to do"
+    except Exception as error:  # the other cells can run
+        row["error"] = f"{type(error).__name__}: {error}"
+    return row
+
+
+def _look_all(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of all cells."""
+    roots = {Path(cell["runs_dir"], cell["study"]) for cell in cells}
+    begun = {path.name.rpartition("_")[0] for r in roots if r.is_dir() for path in r.iterdir()}
+    return [_look(cell, begun) for cell in cells]
+
+
+def _rate(
+    rows: Sequence[Mapping[str, Any]], cell: Mapping[str, Any], executor: Executor | None,
+) -> tuple[float, str]:
+    """Return seconds per image, from the finished runs among `rows` or timed, and which of both."""
+    done = [row for row in rows if row["status"] == "done"][:50]
+    if done:
+        spent = [json.loads((row["folder"] / "metrics.json").read_text()) for row in done]
+        return float(np.median([s["seconds"] / row["images"] for s, row in zip(spent, done)])), \
+            f"rate of {len(done)} finished"
+    try:
+        return (executor or _Here()).submit(_time_steps, cell).result(), "rate of timed steps"
+    except Exception as error:  # the cell will fail likewise, and be listed
+        return math.nan, f"no rate, {type(error).__name__}: {error}"
+
+
+def _time_steps(cell: Mapping[str, Any]) -> float:
+    """Return the median seconds per image of a few training steps, the first left out."""
+    config, data = _cell_data(cell)
+    device, times = pick_device(cell["device"]), []
+    net = add_head(load_backbone("random")[0], len(data.class_names), 0)
+    net = net.to(device, memory_format=torch.channels_last)
+    images, labels = (torch.as_tensor(a[:config.batch_size]).to(device)
+                      for a in (data.train.images, data.train.labels))
+    optimizer, prep = make_optimizer(net, config), preprocessing_for(config, data, "random")
+    while len(times) < 2 or sum(times) < 0.3:
+        began = time.perf_counter()
+        train_one_epoch(net, images, labels, optimizer, config, prep, seed=0,
+                        epoch=config.epochs - 1)
+        times.append(time.perf_counter() - began)
+    return float(np.median(times[1:])) / len(labels)
+
+
+def plan_study(
+    grid: Mapping[str, Sequence[Any]], *, executor: Executor | None = None, **fixed: Any,
+) -> pd.DataFrame:
+    """Say what `run_study` with these arguments would do, and what that costs.
+
+    Returns:
+        A row a cell, in the order of running: what is asked for, `status` ("done", "unfinished",
+        "to do"), `error` (why it can't run), `folder` (where begun), `n_train` (about), `images`
+        (the work, in training images), `seconds` and `gigabytes` (left to spend).
+        `attrs["summary"]` says it in two sentences, with the source of the rate.
+    """
+    return _plan(_cells(grid, fixed), executor)
+
+
+def _plan(cells: Sequence[Mapping[str, Any]], executor: Executor | None) -> pd.DataFrame:
+    """Return the table of `plan_study`; one rate holds for one recipe and image size."""
+    rows, kinds, rates = _look_all(cells), {}, set()
+    for cell, row in zip(cells, rows):
+        kinds.setdefault((cell["recipe"], cell.get("image_size")), []).append((cell, row))
+    for members in kinds.values():
+        left = [(c, row) for c, row in members if row["status"] != "done" and not row["error"]]
+        if left:
+            rate, source = _rate([row for _, row in members], left[0][0], executor)
+            rates.add(source)
+            for cell, row in left:  # besides the weights a run keeps about 1 MB
+                row |= {"seconds": rate * row["images"],
+                        "gigabytes": (1e6 + WEIGHT_BYTES * cell["keep_best"]) / 1e9}
+    count = Counter("can't run" if row["error"] else row["status"] for row in rows)
+    seconds, size = (sum(row[name] for row in rows) for name in ("seconds", "gigabytes"))
+    hours = "unknown time" if math.isnan(seconds) else tqdm.format_interval(seconds)
+    plan = pd.DataFrame(rows)
+    counts = ", ".join(f"{n} {name}" for name, n in count.items())
+    plan.attrs["summary"] = f"Runs: {len(rows)} in all, {counts}. " + (
+        f"Left: {hours} one after another ({', '.join(sorted(rates))}), {size:.2g} GB to keep, and "
+        f"{4 * WEIGHT_BYTES / 1e9:.1f} GB more while a run of over a minute lasts."
+        if rates else "Nothing is left to run.")
+    return plan
 
 
 def run_notebook(
@@ -3531,45 +3735,165 @@ def run_notebook(
     return Path(output)
 
 
-def _run_cell(notebook: str, output: str, parameters: dict[str, Any]) -> str:
-    """Run one cell of a study; return "" or the reason why it failed."""
+def _run_in_notebook(cell: Mapping[str, Any]) -> None:
+    """Run a cell by papermill; the executed notebook lies in the run folder, failed or not."""
+    folder = _cell_folder(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _sole_writer(folder):  # where another process writes, not even a kernel is started
+        if (folder / "metrics.json").exists():
+            return
+    run_notebook(cell["notebook"], folder / "notebook.ipynb",
+                 {name: v for name, v in cell.items() if name not in ("notebook", "token")})
+    load_run(folder)  # raises if the run isn't done, whatever the notebook says
+
+
+def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
+    """Run one cell in this process; return the kind of its error and what it says, "" if none.
+
+    Args:
+        moment: makes each call another one, for executors that remember results.
+    """
+    if not _one_at_a_time.acquire(blocking=False):
+        return "threads", ("Two runs at once in one process would share random state. Give every "
+                           "worker one thread (Dask: threads_per_worker=1).")
     try:
-        run_notebook(notebook, output, parameters)
-    except Exception as error:  # one bad cell never stops the rest; the reason is listed
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-    return ""
+        if cell["notebook"]:
+            _run_in_notebook(cell)
+        else:
+            config, data = _cell_data(cell)
+            fine_tune(*_cell_backbone(cell), data, config, progress="none", **{
+                name: cell[name] for name in ("label_fraction", "seed", "study", "runs_dir",
+                                              "device", "keep_best")})
+    except Exception as error:  # one bad cell never stops the rest
+        kind = getattr(error, "ename", type(error).__name__)  # papermill names the notebook's own
+        return kind, f"{kind}: {getattr(error, 'evalue', error)}"
+    finally:
+        _one_at_a_time.release()
+    return "", ""
+
+
+def _outcome(future: Future) -> tuple[str, str]:
+    """Return what `_run_cell` returned, or what kept it from returning."""
+    try:
+        return future.result()
+    except BrokenExecutor:
+        return "died", f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?"
+    except Exception as error:  # of the executor, such as Dask's KilledWorker
+        return type(error).__name__, f"{type(error).__name__}: {error}"
+
+
+@dataclass
+class _Worker:
+    """What runs one cell at a time; `renew` makes its executor anew, where that is ours to do."""
+
+    executor: Executor
+    device: str = "auto"
+    renew: Callable[[], Executor] | None = None
+
+
+def _workers(executor: Executor | None, n: int) -> list[_Worker]:
+    """Return the workers of a study. A local one is a pool of one process: if that dies, it is
+    known on which cell, and the others go on."""
+    if executor is not None:
+        return [_Worker(executor)] * 1024  # so many cells are handed over at a time
+    gpus = torch.cuda.device_count()
+    n = n or max(1, gpus)
+    if n == 1:
+        return [_Worker(_Here())]
+    threads = max(1, torch.get_num_threads() // n)
+    new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"),
+                            torch.set_num_threads, (threads,))
+    return [_Worker(new(), f"cuda:{k % gpus}" if gpus else "auto", new) for k in range(n)]
+
+
+def _work_off(
+    cells: Sequence[Mapping[str, Any]], free: list[_Worker],
+) -> Iterator[tuple[int, str]]:
+    """Run every cell on a free worker; yield its index with "" or why it failed, as they end."""
+    own = [worker for worker in free if worker.renew]
+    waiting, busy, deaths = deque(range(len(cells))), [], Counter()
+    running: dict[Future, tuple[int, _Worker]] = {}
+    ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    try:
+        while waiting or busy or running:
+            if not waiting and not running:  # another process is at all that is left
+                time.sleep(BUSY_SECONDS)
+                waiting, busy = deque(busy), []
+            while waiting and free:
+                i, worker = waiting.popleft(), free.pop()
+                here = {"device": worker.device} if cells[i]["device"] == "auto" else {}
+                future = worker.executor.submit(_run_cell, {**cells[i], **here}, time.time_ns())
+                running[future] = i, worker
+                future.add_done_callback(ended.put)
+            future = ended.get()
+            i, worker = running.pop(future)
+            kind, error = _outcome(future)
+            if kind == "died":
+                if worker.renew is None:
+                    raise BrokenExecutor("A worker of the given executor died and broke it. Call "
+                                         "run_study again; workers=n replaces those that die.")
+                deaths[i] += 1
+                worker.executor = worker.renew()
+            free.append(worker)
+            if kind == "BusyError" or kind == "died" and deaths[i] < ATTEMPTS:
+                busy.append(i)
+            else:
+                yield i, error
+    finally:
+        for future in running:
+            future.cancel()
+        for worker in own:
+            worker.executor.shutdown(wait=False, cancel_futures=True)
 
 
 def run_study(
-    grid: Mapping[str, Sequence[Any]], *, notebook: str | Path = "notebooks/03_fine_tune.ipynb",
-    output_dir: str | Path = "runs/study/notebooks", executor: Executor | None = None,
-    **fixed: Any,
+    grid: Mapping[str, Sequence[Any]], *, executor: Executor | None = None, workers: int = 0,
+    progress: str = "auto", **fixed: Any,
 ) -> pd.DataFrame:
-    """Run notebook 03 for every combination of a grid; finished runs are only loaded.
+    """Run every combination of a grid of settings that isn't done yet.
+
+    What it will cost is printed first (see `plan_study`). Interrupted runs are resumed; runs that
+    another process is at are looked at again at the end; what fails is listed with its reason and
+    stops nothing else. Call again to do what is left.
 
     Args:
-        grid: parameter name -> values, such as {"method": METHODS, "seed": [0, 1, 2]}.
-        output_dir: where the executed notebooks go, one a combination.
-        executor: runs the cells; a pool of one process by default. Threads are refused, since
-            they share random state.
-        fixed: parameters that are the same for all.
+        grid: setting -> values, such as {"method": METHODS, "seed": [0, 1, 2]}. Settings are the
+            names in ASKED and WHERE and the fields of `FineTuneConfig`.
+        executor: an executor of processes that see the same folders and run one call at a time,
+            such as Dask's `client.get_executor(pure=False)` with one thread a worker.
+        workers: local processes instead; one that dies is replaced. 0: one for each GPU; if that
+            makes one, the cells run in this process.
+        progress: "bar", "log" (a line a run), "none", or "auto": a bar where somebody watches.
+        fixed: settings that all cells share. With `notebook` (notebooks/03_fine_tune.ipynb)
+            papermill runs each cell, and its run folder keeps the executed notebook.
 
     Returns:
-        The grid, a row a cell, with `notebook` and `error` ("" where it went well).
+        The table of `plan_study`, with `status` as the run folders have it now and `error`.
+
+    Raises:
+        ValueError: an unknown setting, a grid without lists, an executor of threads.
+        BrokenExecutor: a worker of the given executor died and took the others along.
     """
     if isinstance(executor, ThreadPoolExecutor):
         raise ValueError("Threads share random state. Give an executor of processes.")
-    cells = expand_grid(grid)
-    names = ["_".join(f"{k}-{v}" for k, v in cell.items()) + ".ipynb" for cell in cells]
-    outputs = [str(Path(output_dir) / name) for name in names]
-    own = ProcessPoolExecutor(1) if executor is None else contextlib.nullcontext(executor)
-    with own as pool:
-        futures = {pool.submit(_run_cell, str(notebook), out, {**fixed, **cell}): row
-                   for row, (out, cell) in enumerate(zip(outputs, cells))}
-        errors = [""] * len(cells)
-        for future in tqdm(as_completed(futures), total=len(cells), desc="study", unit="run"):
-            errors[futures[future]] = future.result()
-    return pd.DataFrame(cells).assign(notebook=outputs, error=errors)
+    cells = _cells(grid, fixed)
+    plan = _plan(cells, executor)
+    print(plan.attrs["summary"], flush=True)
+    left = plan.index[(plan["status"] != "done") & (plan["error"] == "")]
+    work, errors, began, spent = plan["images"], plan["error"].tolist(), time.monotonic(), 0
+    shown = Progress(progress, int(work[left].sum()), "study")
+    todo = [cells[i] for i in left]
+    for n, (k, error) in enumerate(_work_off(todo, _workers(executor, workers)), start=1):
+        errors[left[k]] = error
+        spent += work[left[k]]
+        shown.images(int(work[left[k]]))
+        shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
+        if shown.how == "log":
+            rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
+            print(f"{n} of {len(left)}, about {tqdm.format_interval(rest)} left: "
+                  f"{' '.join(str(todo[k][name]) for name in grid)}: {error or 'done'}", flush=True)
+    shown.bar.close()
+    return pd.DataFrame(_look_all(cells)).assign(error=errors)
 
 
 # =============================================================================
@@ -3809,7 +4133,7 @@ SLICES_PER_PATIENT = 2
 
 
 def demo_data(
-    seed: int = 0, *, n_train: int = 240, n_val: int = 80, n_test: int = 160, image_size: int = 64,
+    seed: int = 0, *, n_train: int = 240, n_val: int = 80, n_test: int = 160, image_size: int = 48,
 ) -> DataSplits:
     """Draw CT-like axial chest slices; class 1 has patches of ground glass under the pleura.
 
@@ -3856,9 +4180,9 @@ def _phantom_patient(rng: np.random.Generator) -> dict[str, Any]:
     """Choose what a patient's slices share; lengths in units of half the image's side."""
     first = rng.integers(2)                                          # patches: each lung in turn
     patches = [((-1, 1)[(first + i) % 2], rng.uniform(-1.2, 1.7), rng.uniform(0.5, 0.9),
-                rng.uniform(0.12, 0.175)) for i in range(rng.integers(3, 5))]
+                rng.uniform(0.17, 0.23)) for i in range(rng.integers(3, 5))]
     return {
-        "patches": patches, "opacity": rng.uniform(80, 120),
+        "patches": patches, "opacity": rng.uniform(120, 160),
         "width": rng.uniform(0.74, 0.95), "height": rng.uniform(0.54, 0.76),
         "fat": rng.uniform(0.03, 0.15), "shift": rng.normal(0, 0.025, 2),
         "level": rng.uniform(0.90, 1.10), "z": rng.uniform(-0.6, 0.6),
@@ -3891,7 +4215,7 @@ def _phantom_slice(body: Mapping[str, Any], number: int, ill: bool, rng: np.rand
     density += body["gravity"] * np.clip(y / h, 0, 1) ** 2
     density = np.maximum(density, _phantom_vessels(body, rng, size))
     haze = _phantom_haze(x, y, w, h, body, number, rng, size)
-    density += haze if ill else 0.7 * (haze * lungs).sum() / lungs.sum()
+    density += haze if ill else 0.25 * (haze * lungs).sum() / lungs.sum()
     paint(lungs, np.minimum(density, tissue * 1.02))
     for cx in [0.0] if z < -0.25 else [-0.07, 0.07] if z < 0.1 else []:
         paint(_ellipse(x, y, cx, -0.02, 0.045, 0.05), 12.0)          # trachea or main bronchi

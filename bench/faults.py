@@ -47,6 +47,7 @@ import faulty_checkpoints as files  # noqa: E402
 import medssl_utils as medssl  # noqa: E402
 
 MEMORY = 1 << 30  # bytes that a case may claim beyond what the process began with
+SPENT = 512  # MB that a file of 94 MB may cost before it is refused or loaded (L6, L7)
 SECONDS = 30.0  # a case may take
 BAD_ADVICE = re.compile(r"weights_only\W+(set to\W+)?False")
 
@@ -230,6 +231,8 @@ def wrong_outcome(case: files.Case, outcome: Outcome) -> str:
         return f"CODE RAN ({outcome.effect})"
     if outcome.what in ("hung", "died"):
         return f"{outcome.what} ({outcome.text})"
+    if case.row in ("L6", "L7") and outcome.megabytes > SPENT:
+        return f"spent {outcome.megabytes} MB"
     if outcome.what == "loaded" and not outcome.right:
         return "ACCEPTED, other weights" if case.must == "loads" else "ACCEPTED"
     if outcome.what == "loaded" and case.must == "refused":
@@ -244,6 +247,8 @@ def wrong_words(case: files.Case, outcome: Outcome, ours: bool) -> str:
     if outcome.what == "loaded":
         silent = ours and not re.search(case.reports, outcome.text, re.I | re.S)
         return f"loaded without a word of {case.reports}" if silent else ""
+    if ours and (len(outcome.text) > 50_000 or not plain(outcome.text)):
+        return f"refused, with {len(outcome.text)} characters that a terminal may obey"
     if BAD_ADVICE.search(outcome.text):
         return "refused, advises weights_only=False"
     if ours and outcome.kind != "CheckpointError":
@@ -251,6 +256,11 @@ def wrong_words(case: files.Case, outcome: Outcome, ours: bool) -> str:
     if not re.search(case.says, outcome.text, re.I | re.S):
         return f"refused, says only: {first_line(outcome)}"
     return ""
+
+
+def plain(text: str) -> bool:
+    """True if a terminal shows the text as it is: nothing is hidden, moved or broken."""
+    return all(letter.isprintable() for letter in text)
 
 
 def first_line(outcome: Outcome) -> str:

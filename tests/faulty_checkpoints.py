@@ -303,7 +303,8 @@ def write_zip(path: Path, records: Records, top: str = "archive/", **lies: dict)
     with open(path, "wb") as file:
         for name, data in records:
             lie, title = lies.get(name, {}), (top + name).encode()
-            head = [lie.get("flags", 0), lie.get("method", 0), 0, 0x21,
+            text_flag = 0 if title.isascii() else 0x800  # the name is UTF-8
+            head = [lie.get("flags", text_flag), lie.get("method", 0), 0, 0x21,
                     lie.get("crc", zlib.crc32(data)), lie.get("packed", len(data)),
                     lie.get("size", len(data)), len(title)]
             offset = lie.get("offset", file.tell())
@@ -709,6 +710,21 @@ def _cut_archive(payload: Payload) -> Build:
     return build
 
 
+def _add_odd_names() -> None:
+    """Names that would play tricks on the terminal that prints the error."""
+    odd = {"terminal codes": "posix\x1b[2K\rgood", "a line break": "posix\n\nAll is well.\n",
+           "half a character": "posix\ud800", "reversed text": "posix\u202egood"}
+    for title, word in odd.items():
+        push = b"X" + struct.pack("<I", len(data := word.encode("utf-8", "surrogatepass"))) + data
+        add("L1", f"name with {title}", hostile(
+            lambda folder, push=push: push + text("system") + b"\x93"), r"posix")
+        add("L8", f"key with {title}", repickled(lambda body, push=push: body.replace(
+            text("encoder_k.bn1.bias"), push, 1), "MoCo"), r"posix", method="MoCo")
+        if title != "half a character":
+            add("L8", f"record with {title}", archived(lambda word=word: [
+                *base("SparK"), (word, b""), (word, b"")]), r"posix")
+
+
 def _raw(load: bytes) -> bytes:
     return b"\x80\x04" + load + b"."
 
@@ -743,6 +759,7 @@ def _second_pickle(record: str) -> Build:
 
 
 _add_code_cases()
+_add_odd_names()
 _add_truncated_code_cases()
 
 # =============================================================================
@@ -1134,12 +1151,26 @@ def _overlapping(folder: Path) -> Path:
         ("data/0", big), *((n, b"") for n in names), *others], **lies)
 
 
+def _huge_size(body: bytes) -> bytes:
+    """Give conv1 a size whose product alone would take minutes."""
+    huge = b"\x8a\xfa" + b"\x7f" * 250  # an integer of 2,000 bits
+    size = b"(" + huge + PUT + GET * 99_999 + b"t"
+    stride = b"(" + ONE * 100_000 + b"t"
+    return body.replace(b"(K@K\3K\7K\7t", size, 1).replace(b"(K\x93K1K\7K\1t", stride, 1)
+
+
 def _names(count: int) -> bytes:
     return items(*(name("pytorch_lightning.callbacks", f"Callback{i}") for i in range(count)))
 
 
 PUT, GET = b"r\x00\x00\x10\x00", b"j\x00\x00\x10\x00"  # a memo place that is not in use
+CONV, NORM = "conv1.weight", "layer1.0.bn1.weight"
+LIE = r"conv1\.weight|data/|storage|stride|offset|shape|size|beyond|outside|elements"
 DOUBLING = b"]" + PUT + b"0" + (b"](" + GET + GET + b"e" + PUT + b"0") * 60 + GET
+COPIES = (name("collections", "OrderedDict") + PUT + b"0}("
+          + b"".join(text(f"key{i}") + ONE for i in range(20_000)) + b"u\x85"
+          + PUT.replace(b"\x10", b"\x11") + b"0](" + (
+              GET + GET.replace(b"\x10", b"\x11") + b"R") * 100_000 + b"e")
 TERABYTE = b"\x8a\x06" + (1 << 40).to_bytes(6, "little")
 SIZE = r"size|large|memory|bytes|bomb|compress|deflate"
 BOUNDED = {"must": "either"}  # inert values may stay; the limit on memory and time is the test
@@ -1173,11 +1204,24 @@ def _add_bombs() -> None:
         "Counter(range(1 T))": call(name("collections", "Counter"),
                                     call(name("builtins", "range"), TERABYTE)),
         "torch.FloatStorage(1 T)": call(name("torch", "FloatStorage"), TERABYTE),
+        "a dictionary copied 100,000 times": COPIES,
         "dtype of 1 GB": call(name("numpy", "dtype"), text("V1073741824"), FALSE, b"\x88"),
         "100,000 stand-ins": items(*[name("argparse", "Namespace") + b")\x81"] * 100_000),
     }.items():
         add("L6", title, setting(opcodes), r"pickle|size|memory|nest|opcode|damaged|truncat|torch|"
             r"builtins|deep|large", **BOUNDED)
+    add("L6", "name of 1 MB", setting(name("x" * (1 << 20), "y")), r"name|x{50}")
+    add("L6", "key of 500,000 dots", changed("MoCo", lambda tensors: tensors.update(
+        {"x." * 500_000 + "weight": torch.ones(1)})), r"x\.", method="MoCo")
+    add("L6", "200,000 keys in a known group", saved(lambda: wrapped("MoCo", {
+        **prefixed(PREFIX["MoCo"], weights()), **auxiliary("MoCo"),
+        **{f"encoder_k.x{i}": 0 for i in range(200_000)}})), r"MB|bytes|keys|encoder_k",
+        method="MoCo", must="either")
+    add("L6", "size of 100,000 huge numbers", repickled(_huge_size), LIE + r"|dimension")
+    add("L6", "4 MB of empty dictionaries", setting(b"](" + b"}" * 4_000_000 + b"e"),
+        SIZE + r"|pickle", must="either")
+    add("L6", "legacy file with a pickle of 60 MB", _file(lambda folder: legacy_stream(
+        b"](" + b"}" * 60_000_000 + b"e")), SIZE + r"|pickle", twin=LEGACY)
     add("L6", "more names than a file needs", setting(_names(300)), r"200|names")
 
 
@@ -1220,9 +1264,6 @@ def with_record(record: str, data: bytes) -> Build:
     """Builder: the record's bytes replaced, with an honest checksum."""
     return archived(lambda: [(n, data if n == record else d) for n, d in base("SparK")])
 
-
-CONV, NORM = "conv1.weight", "layer1.0.bn1.weight"
-LIE = r"conv1\.weight|data/|storage|stride|offset|shape|size|beyond|outside|elements"
 
 
 def _add_lies() -> None:
@@ -1301,7 +1342,7 @@ def _add_lies() -> None:
     }.items():
         words = {"sparse CSR": "sparse", "NumPy array": "NumPy|_reconstruct|ndarray|array",
                  "nested dictionary": "dict", "scalar": "float", "text": r"\bstr\b|text",
-                 "quantized": "quant|qint8"}.get(kind, kind)
+                 "quantized": "quant|qint8", "negative view": "negative"}.get(kind, kind)
         add("L8", kind, changed("SparK", lambda tensors, convert=convert: tensors.update(
             {CONV: convert(tensors[CONV])})), rf"conv1\.weight|{words}",
             must="either" if kind == "negative view" else "refused",

@@ -283,6 +283,12 @@ def test_patients_come_from_the_repositorys_meta_tables(covid_ct):
     assert "The patient is not known for 15 of 16 images." in data.notes
 
 
+def test_a_meta_table_that_cannot_be_used_is_noted(covid_ct):
+    (covid_ct / "NonCOVID-CT-MetaInfo.csv").write_text("picture,person\n9.jpg,medpix_3\n")
+    notes = m.load_data(covid_ct, image_size=16).notes
+    assert any(note.startswith("NonCOVID-CT-MetaInfo.csv could not be used") for note in notes)
+
+
 def test_without_meta_tables_the_patients_are_unknown(covid_ct):
     data = m.load_data(covid_ct, image_size=16)
     assert "No meta table: patients are unknown." in data.notes

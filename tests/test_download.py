@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import papermill
 import pytest
 import torch
 from drive_server import DriveServer, redirect_drive
@@ -30,6 +31,7 @@ except ImportError:  # Windows
     resource = None
 
 NAME = medssl.CHECKPOINTS["BYOL"].filename
+NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "01_download_checkpoints.ipynb"
 
 
 def checkpoint_bytes(seed: int, values: int = 100_000) -> bytes:
@@ -85,7 +87,7 @@ def test_a_download_follows_drives_page_for_large_files(tmp_path):
 
 @pytest.mark.parametrize("fault", ["quota", "quota_as_file", "login"])
 def test_D1_a_web_page_with_status_200_is_not_taken_for_the_file(tmp_path, fault):
-    with drive(fault) as server, pytest.raises(CheckpointError, match="a web page, not the file") as e:
+    with drive(fault) as server, pytest.raises(CheckpointError, match="a web page, not the") as e:
         fetch(tmp_path)
     assert medssl.CHECKPOINTS["BYOL"].url in str(e.value)  # the manual way
     assert str(tmp_path / NAME) in str(e.value)
@@ -146,6 +148,14 @@ def test_D4_the_next_call_goes_on_where_the_last_one_was_cut(tmp_path):
     assert names(tmp_path) == [NAME]
 
 
+def test_D4_an_answer_that_holds_less_than_was_asked_for_is_continued(tmp_path):
+    with drive("short_range") as server:
+        with pytest.raises(CheckpointError, match=f"ended before its {len(BODY):,} bytes"):
+            fetch(tmp_path, retries=0)
+        assert fetch(tmp_path) == BODY
+    assert server.requests[-1][1] == f"bytes={len(BODY) * 3 // 5}-"
+
+
 def test_D5_a_cut_file_of_unknown_length_is_not_taken_for_whole(tmp_path):
     with drive("cut_unknown"):
         with pytest.raises(CheckpointError, match="did not say how long"):
@@ -178,7 +188,8 @@ def test_D6_a_server_that_says_next_to_nothing_ends_in_an_error(tmp_path, fault)
 
 def test_D7_one_wrong_bit_is_noticed_by_the_recorded_checksum(tmp_path):
     (tmp_path / "checksums.json").write_text(json.dumps({NAME: {"sha256": SHA, "size": len(BODY)}}))
-    with drive("flip"), pytest.raises(CheckpointError, match=f"sha256 is [0-9a-f]{{64}}, expected {SHA}"):
+    expected = f"sha256 is [0-9a-f]{{64}}, expected {SHA}"
+    with drive("flip"), pytest.raises(CheckpointError, match=expected):
         fetch(tmp_path)
     assert names(tmp_path) == [NAME + ".bad", "checksums.json"]
     with drive():
@@ -241,6 +252,13 @@ def test_D10_a_remote_file_that_changed_is_an_error_then_fetched_anew(tmp_path):
             fetch(tmp_path)
         assert NAME not in names(tmp_path)
         assert fetch(tmp_path) == OTHER
+
+
+def test_D10_a_change_of_the_same_size_is_noticed(tmp_path):
+    with DriveServer(BODY, "changed", other_body=BODY[::-1]) as server:
+        with pytest.raises(CheckpointError, match='ETag was "one", is "two"'):
+            fetch(tmp_path, url=server.url)
+    assert NAME not in names(tmp_path)
 
 
 def test_D10_a_change_between_two_calls_is_noticed(tmp_path):
@@ -469,3 +487,35 @@ def test_a_checksum_that_cannot_be_recorded_is_a_warning(read_only_folder):
     (read_only_folder / NAME).write_bytes(BODY)
     with locked(read_only_folder), pytest.warns(UserWarning, match="could not be recorded"):
         medssl._record_checksum(read_only_folder, read_only_folder / NAME)
+
+
+def test_a_download_writes_nothing_into_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with drive():
+        fetch(tmp_path / "checkpoints")
+    assert names(tmp_path / "home") == []
+
+
+@pytest.mark.slow
+def test_notebook_01_fetches_published_files_and_compares_them(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    entry = {"sha256": SHA, "size": len(BODY)}
+    (tmp_path / "checkpoints" / "checksums.json").write_text(json.dumps({NAME: entry}))
+    with DriveServer(BODY) as mirror:
+        executed = medssl.run_notebook(NOTEBOOK, tmp_path / "01.ipynb", {
+            "weights": "published", "methods": ["BYOL", "SwAV"], "mirror": mirror.address,
+            "checkpoints_dir": str(tmp_path / "checkpoints")})
+    assert [path for path, _ in mirror.requests] == [
+        f"/{medssl.CHECKPOINTS[method].filename}" for method in ("BYOL", "SwAV")]
+    assert "1 unchanged since their first verified load, 1 not recorded" in executed.read_text()
+
+
+@pytest.mark.slow
+def test_notebook_01_names_every_file_that_could_not_be_had(tmp_path):
+    every = "(?s)" + ".*404.*".join(medssl.METHODS) + ".*404"
+    with (DriveServer(BODY, "404") as mirror,
+          pytest.raises(papermill.PapermillExecutionError, match=every)):
+        medssl.run_notebook(NOTEBOOK, tmp_path / "01.ipynb", {
+            "weights": "published", "mirror": mirror.address, "checkpoints_dir": str(tmp_path)})
+    assert len(mirror.requests) == 4

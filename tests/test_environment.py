@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 RUNTIME = PROJECT["dependencies"]
 TEST = PROJECT["optional-dependencies"]["test"]
+DASK = PROJECT["optional-dependencies"]["dask"]
 
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}  # conda name -> the one in pyproject
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
@@ -90,6 +91,10 @@ def test_every_import_is_a_declared_dependency():
     assert imported_modules() - declared - local - sys.stdlib_module_names == set()
 
 
+def test_the_dask_extra_is_tested():
+    assert floors(DASK).items() <= floors(TEST).items()
+
+
 def test_every_dependency_is_used():
     used = imported_modules() | NOT_IMPORTED
     assert [n for n in floors(RUNTIME + TEST) if IMPORT_NAMES.get(n, n) not in used] == []
@@ -97,8 +102,8 @@ def test_every_dependency_is_used():
 
 def test_every_dependency_has_its_reason():
     text = (ROOT / "pyproject.toml").read_text("utf-8")
-    lines = re.findall(r'^    "[\w.-]+>=.*$', text, flags=re.MULTILINE)
-    assert len(lines) == len(RUNTIME + TEST)
+    lines = re.findall(r'^    "[\w.\[\]-]+>=.*$', text, flags=re.MULTILINE)
+    assert len(lines) == len(RUNTIME + TEST + DASK)
     assert [line for line in lines if not re.search(r'",\s+# \w', line)] == []
 
 
@@ -197,7 +202,7 @@ def test_make_passes_only_parameters_that_the_notebooks_have():
     plan = subprocess.run(["make", "-n", "workbook"], cwd=ROOT, check=True, capture_output=True,
                           text=True).stdout.replace("\\\n", " ")
     commands = [line for line in plan.splitlines() if "-m papermill" in line]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for line in commands:
         notebook = ROOT / re.search(r"notebooks/\w+\.ipynb", line)[0]
         known = papermill.inspect_notebook(notebook)

@@ -8,7 +8,6 @@ import statistics
 import subprocess
 import sys
 import tokenize
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -172,11 +171,11 @@ def workbook(tmp_path_factory):
     """A copy of the notebooks in a folder of their own, with a small finished study beside it."""
     folder = tmp_path_factory.mktemp("workbook")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
-    with ProcessPoolExecutor(2) as pool:
-        runs = medssl.run_study(
-            {"method": ["random", "SparK"], "label_fraction": [0.5, 1.0]},
-            notebook=folder / "notebooks" / "03_fine_tune.ipynb", executor=pool,
-            output_dir=folder / "runs" / "workbook" / "notebooks", study="workbook", **TINY)
+    runs = medssl.run_study(
+        {"method": ["random", "SparK"], "label_fraction": [0.5, 1.0]}, workers=2, progress="none",
+        notebook=folder / "notebooks" / "03_fine_tune.ipynb", study="workbook",
+        **{name: folder / name.removesuffix("_dir") for name in (
+            "runs_dir", "data_dir", "checkpoints_dir")}, **TINY)
     assert list(runs["error"]) == [""] * 4
     return folder
 

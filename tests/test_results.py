@@ -160,16 +160,17 @@ def case(classes):
     return labels, scores / scores.sum(1, keepdims=True)
 
 
-@pytest.mark.parametrize("metric", medssl.SCORES)
 @pytest.mark.parametrize("classes", [2, 5, "several"])
-def test_bootstrap_equals_scikit_learn_draw_by_draw(classes, metric):
+def test_bootstrap_equals_scikit_learn_draw_by_draw(classes):
     labels, scores = case(classes)
     weights = medssl._resampling(np.arange(50), 40, 0)
-    found = medssl._weighted_score(metric, labels, scores, weights, threshold=0.4)
-    for value, draw in zip(found, weights.T):
+    found = {m: medssl._weighted_score(m, labels, scores, weights, 0.4) for m in medssl.SCORES}
+    for d, draw in enumerate(weights.T):
         index = np.repeat(np.arange(50), draw.astype(int))
-        said = medssl.score(labels[index], scores[index], threshold=0.4)[metric]
-        assert np.isnan(value) if said is None else value == pytest.approx(said, abs=1e-12)
+        said = medssl.score(labels[index], scores[index], threshold=0.4)
+        values = {m: None if np.isnan(found[m][d]) else found[m][d] for m in medssl.SCORES}
+        assert values == {m: v if v is None else pytest.approx(v, abs=1e-12)
+                          for m, v in said.items()}
 
 
 def test_a_draw_without_a_class_is_undefined_and_left_out_of_the_interval():
@@ -199,6 +200,23 @@ def test_load_runs_lists_finished_and_unfinished(tmp_path):
     runs = medssl.load_runs(tmp_path).set_index("method")
     assert runs["status"].to_dict() == {"random": "done", "BYOL": "unfinished"}
     assert runs.loc["random", "AUC"] == auc(draw_scores(1, [0, 6]))
+
+
+def test_a_rate_chosen_on_validation_stands_beside_the_one_that_was_asked_for(tmp_path):
+    for seed, chosen in enumerate([0.1, 0.2]):
+        path = write_run(tmp_path, "random", seed, lr=0.1) / "metrics.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "lr": chosen}))
+    runs = medssl.load_runs(tmp_path)
+    assert list(runs["lr"]) == [0.1, 0.1] and list(runs["chosen_lr"]) == [0.1, 0.2]
+    assert medssl.compare_methods(runs)["n"].item() == 2
+
+
+def test_a_control_beside_stand_ins_is_part_of_the_demo(tmp_path):
+    write_run(tmp_path / "demo", "random", stamp="")
+    write_run(tmp_path / "demo", "BYOL")
+    write_run(tmp_path / "real", "random", stamp="")
+    runs = medssl.load_runs(tmp_path)
+    assert list(runs.loc[runs["method"] == "random", "stamp"]) == ["DEMO", ""]
 
 
 def test_load_runs_says_when_there_is_nothing(tmp_path):
@@ -352,8 +370,8 @@ def test_loss_needs_runs_with_all_labels(tmp_path):
 def test_summary_names_a_planted_winner_and_the_estimand(tmp_path):
     runs = write_study(tmp_path, {"random": 0.1, "BYOL": 0.1, "SparK": 2.5}, seeds=5)
     text = medssl.describe_comparison(medssl.compare_methods(runs))
-    assert text.startswith("DEMO AUC per image, held against random; 95% intervals for a new seed "
-                           "and new test set; p after Holm's correction for 2 comparisons.")
+    assert text.startswith("DEMO AUC, scored per image, held against random; 95% intervals for a new "
+                           "seed and new test set; p after Holm's correction for 2 comparisons.")
     assert "SparK is better than random" in text
     assert "no difference shown between random and BYOL." in text
 
@@ -476,17 +494,3 @@ def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp
     assert all(words in title for words in ("3 seeds", "95% interval", "new test set", "60 test"))
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["random", "BYOL"]
     assert axis.get_lines()[0].get_color() == medssl.METHOD_COLORS["random"]
-
-
-# --- study -------------------------------------------------------------------------------------
-
-def test_grid_expands_to_every_combination():
-    cells = medssl.expand_grid({"method": ["a", "b"], "seed": [0, 1]})
-    assert cells == [{"method": m, "seed": s} for m in "ab" for s in (0, 1)]
-
-
-def test_study_refuses_threads():
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="Threads share"):
-        medssl.run_study({"seed": [0]}, executor=pool)

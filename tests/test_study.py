@@ -1,0 +1,365 @@
+"""Studies: a grid becomes run folders, whatever dies, fails or happens at once."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import tiny_study
+from tiny_study import TINY, notes
+
+import medssl_utils as medssl
+
+HERE = Path(__file__).resolve().parent
+GRID = {"method": ["random", "SparK"], "label_fraction": [0.5, 1.0], "seed": [0, 1]}
+
+
+@pytest.fixture(autouse=True)
+def toys(monkeypatch):
+    tiny_study.install(monkeypatch.setattr)
+    monkeypatch.setattr(medssl, "_run_cell", tiny_study.run_cell)
+    monkeypatch.setattr(medssl, "_time_steps", tiny_study.time_steps)
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Where the toys find their markers and leave their notes."""
+    (tmp_path / "log").mkdir()
+    return tmp_path / "log"
+
+
+def study(log, grid=GRID, progress="none", executor=None, workers=0, **settings):
+    """Run a tiny study."""
+    return medssl.run_study(grid, executor=executor, workers=workers, progress=progress,
+                            runs_dir=log.parent / "runs", data_dir=log, **TINY | settings)
+
+
+def plan(log, grid=GRID, **settings):
+    return medssl.plan_study(grid, runs_dir=log.parent / "runs", data_dir=log, **TINY | settings)
+
+
+def mark(log, kind, method, seed):
+    (log / f"{kind}_{method}_s{seed}").touch()
+
+
+def times_done(log) -> set[int]:
+    """How often an epoch of a cell was brought to its end, over all of them."""
+    return set(Counter(notes(log, "epochs")).values())
+
+
+# --- a grid becomes run folders ----------------------------------------------------------------
+
+
+def test_every_combination_is_run_once(log):
+    table = study(log)
+    assert list(table["status"]) == ["done"] * 8 and list(table["error"]) == [""] * 8
+    assert len(notes(log, "epochs")) == 8 * 2 and times_done(log) == {1}
+    assert all((folder / "metrics.json").exists() for folder in table["folder"])
+    assert len(medssl.load_runs(log.parent / "runs")) == 8
+
+
+def test_whole_seeds_come_first(log):
+    assert list(plan(log)["seed"]) == [0] * 4 + [1] * 4
+
+
+def test_what_is_done_is_not_done_again(log):
+    first = study(log)
+    before = [(folder / "metrics.json").stat().st_mtime_ns for folder in first["folder"]]
+    again = study(log, {**GRID, "seed": [0, 1, 2]})
+    assert [(f / "metrics.json").stat().st_mtime_ns for f in first["folder"]] == before
+    assert len(again) == 12 and times_done(log) == {1}
+
+
+def test_data_are_loaded_once_for_all_cells(log):
+    study(log)
+    assert notes(log, "loaded") == [f"{os.getpid()} toy"]
+
+
+def test_data_that_changed_between_two_studies_are_noticed(log, monkeypatch):
+    old = study(log, {"seed": [0]})
+
+    def changed(*args, **options):
+        data = tiny_study.load_data(*args, **options)
+        data.train.images[0, 0, 0] += 1
+        return data
+
+    monkeypatch.setattr(medssl, "load_data", changed)
+    assert list(study(log, {"seed": [0]})["folder"]) != list(old["folder"])
+
+
+def test_weights_are_kept_on_request_only(log):
+    without, kept = study(log, {"seed": [0]}), study(log, {"seed": [1]}, keep_best=True)
+    assert not (without["folder"][0] / "best.safetensors").exists()
+    assert (kept["folder"][0] / "best.safetensors").exists()
+
+
+def test_a_field_of_the_recipe_can_be_varied(log):
+    table = study(log, {"lr": [1e-3, 1e-2]})
+    assert [medssl.load_run(f).config["lr"] for f in table["folder"]] == [1e-3, 1e-2]
+
+
+# --- the plan ----------------------------------------------------------------------------------
+
+
+def test_the_plan_tells_done_from_unfinished_from_to_do(log):
+    done, begun = study(log, {"seed": [0, 1]})["folder"]
+    (begun / "metrics.json").unlink()
+    table = plan(log, {"seed": [0, 1, 2]})
+    assert list(table["status"]) == ["done", "unfinished", "to do"]
+    assert table["seconds"][0] == 0 and table["seconds"][1] == table["seconds"][2] > 0
+    assert list(table["folder"]) == [done, begun, None]
+    assert table.attrs["summary"].startswith("Runs: 3 in all, 1 done, 1 unfinished, 1 to do.")
+
+
+def test_the_plan_says_where_its_rate_comes_from(log):
+    assert "rate of timed steps" in plan(log).attrs["summary"]
+    study(log, {"seed": [0]})
+    assert "rate of 1 finished" in plan(log, {"seed": [0, 1]}).attrs["summary"]
+
+
+def test_the_seconds_follow_the_size_of_the_subset(log):
+    table = plan(log, {"label_fraction": [0.25, 1.0]}, epochs=50)
+    assert list(table["n_train"]) == [6, 24]
+    assert table["seconds"][1] > 2 * table["seconds"][0]
+
+
+def test_kept_weights_are_in_the_gigabytes(log):
+    lean, rich = plan(log)["gigabytes"].sum(), plan(log, keep_best=True)["gigabytes"].sum()
+    assert rich - lean == pytest.approx(8 * 0.0944)
+
+
+def test_planning_writes_nothing(log):
+    plan(log)
+    assert not (log.parent / "runs").exists()
+
+
+def test_running_prints_the_plan_first_and_then_a_line_a_run(log, capsys):
+    study(log, {"seed": [0, 1]}, progress="log")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("Runs: 2 in all, 2 to do. Left: 00:0")
+    assert lines[1].startswith("1 of 2, about") and lines[1].endswith("left: 0: done")
+
+
+def test_one_bar_shows_what_is_left(log, capsys):
+    study(log, {"seed": [0, 1]}, progress="bar")
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "100%" in last and "runs=2/2" in last and "failed=0" in last
+
+
+# --- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid, settings, words", [
+    ({"sead": [0]}, {}, "Setting 'sead' is not known. Did you mean 'seed'"),
+    ({"seed": [0]}, {"epoch": 3}, "Did you mean 'epochs'"),
+    ({"method": "SparK"}, {}, "The grid's method is 'SparK'; give a list"),
+    ({"seed": []}, {}, "The grid's seed is"),
+])
+def test_a_grid_that_cannot_be_meant_is_refused(log, grid, settings, words):
+    with pytest.raises(ValueError, match=words):
+        study(log, grid, **settings)
+
+
+def test_threads_are_refused(log):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="Threads share"):
+        study(log, executor=pool)
+
+
+def test_two_runs_at_once_in_one_process_are_refused(log):
+    with medssl._one_at_a_time:
+        table = study(log, {"seed": [0]})
+    assert table["status"][0] == "to do" and "threads_per_worker=1" in table["error"][0]
+
+
+# --- what fails is listed and stops nothing ----------------------------------------------------
+
+
+def test_a_bad_cell_is_listed_with_its_reason(log):
+    mark(log, "fail", "SparK", 1)
+    table = study(log, {"method": ["Spark2", "SparK"], "seed": [0, 1]})
+    assert list(table["status"]) == ["to do", "done", "to do", "unfinished"]
+    assert "Did you mean 'SparK'" in table["error"][0]
+    assert table["error"][3] == "TrainingError: the loss went up the wall"
+
+
+def test_a_data_set_that_is_not_there_is_asked_for_once(log):
+    table = study(log, {"dataset": ["nowhere", "toy"], "seed": [0, 1]})
+    assert list(table["status"]) == ["to do", "to do", "done", "done"]
+    assert table["error"][1] == "FileNotFoundError: no data set nowhere here"
+    assert notes(log, "loaded") == [f"{os.getpid()} {name}" for name in ("nowhere", "toy")]
+
+
+def test_what_failed_is_done_by_the_next_call(log):
+    mark(log, "fail", "SparK", 0)
+    assert list(study(log, {"seed": [0, 1]})["status"]) == ["unfinished", "done"]
+    assert list(study(log, {"seed": [0, 1]})["status"]) == ["done", "done"]
+    assert times_done(log) == {1}
+
+
+def test_a_run_of_another_process_is_looked_at_again_at_the_end(log, monkeypatch):
+    order = []
+
+    def busy_once(cell, moment):
+        order.append(cell["seed"])
+        return ("BusyError", "") if order == [0] else tiny_study.run_cell(cell)
+
+    monkeypatch.setattr(medssl, "_run_cell", busy_once)
+    assert list(study(log, {"seed": [0, 1]})["status"]) == ["done", "done"]
+    assert order == [0, 1, 0]
+
+
+# --- processes that die ------------------------------------------------------------------------
+
+
+def test_a_killed_local_worker_is_replaced_and_its_run_resumed(log):
+    """T8 on one machine: the run goes on where its worker died, the others are not disturbed."""
+    mark(log, "kill", "SparK", 0)
+    table = study(log, workers=2)
+    assert list(table["status"]) == ["done"] * 8 and list(table["error"]) == [""] * 8
+    assert len(notes(log, "epochs")) == 8 * 2 and times_done(log) == {1}
+
+
+def test_a_cell_that_kills_its_workers_is_given_up(log, monkeypatch):
+    monkeypatch.setattr(medssl, "ATTEMPTS", 2)
+    mark(log, "kill", "SparK", "0!")
+    table = study(log, {"method": ["SparK", "random"]}, workers=2)
+    assert list(table["status"]) == ["unfinished", "done"]
+    assert table["error"][0] == "The worker died 2 times on this cell: killed, or out of memory?"
+
+
+def test_a_given_pool_that_breaks_says_what_to_do_and_loses_nothing(log):
+    mark(log, "kill", "SparK", 1)
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with pytest.raises(BrokenExecutor, match="Call run_study again"):
+            study(log, {"seed": [0, 1]}, executor=pool)
+    assert list(plan(log, {"seed": [0, 1]})["status"]) == ["done", "unfinished"]
+    study(log, {"seed": [0, 1]})
+    assert len(notes(log, "epochs")) == 2 * 2 and times_done(log) == {1}
+
+
+def test_a_cluster_does_the_runs_of_a_killed_worker_elsewhere(log):
+    """T8 on a real cluster: separate worker processes that speak TCP; one is killed."""
+    from dask.distributed import Client, LocalCluster
+
+    mark(log, "kill", "SparK", 0)
+    with LocalCluster(n_workers=2, threads_per_worker=1, protocol="tcp://", processes=True,
+                      dashboard_address=None) as cluster, Client(cluster) as client:
+        workers = client.run(os.getpid)
+        assert len(set(workers.values()) - {os.getpid()}) == 2
+        assert all(address.startswith("tcp://") for address in workers)
+        table = study(log, executor=client.get_executor(pure=False))
+        assert set(client.run(os.getpid).values()) != set(workers.values())  # one was killed
+    assert list(table["status"]) == ["done"] * 8
+    assert len(notes(log, "epochs")) == 8 * 2 and times_done(log) == {1}
+
+
+SECOND = """
+import sys
+sys.path[:0] = [{here!r}, {root!r}]
+import medssl_utils as medssl, tiny_study, test_study
+tiny_study.install()
+medssl._run_cell = tiny_study.run_cell
+print("ready", flush=True)
+sys.stdin.readline()
+table = test_study.study(medssl.Path(sys.argv[1]), test_study.SIXTEEN)
+assert list(table["status"]) == ["done"] * 16, table
+"""
+SIXTEEN = {**GRID, "seed": [0, 1, 2, 3]}
+
+
+def test_two_studies_at_once_do_nothing_twice_and_lose_no_row(log):
+    """T4: sixteen runs, written by two studies in two processes that start together."""
+    script = SECOND.format(here=str(HERE), root=str(HERE.parent))
+    other = subprocess.Popen([sys.executable, "-c", script, str(log)], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == "ready\n"
+    other.stdin.write("go\n")
+    other.stdin.flush()
+    table = study(log, SIXTEEN)
+    assert other.wait() == 0
+    assert list(table["status"]) == ["done"] * 16
+    assert len(notes(log, "epochs")) == 16 * 2 and times_done(log) == {1}
+    runs = medssl.load_runs(log.parent / "runs")
+    assert len(runs) == 16 and set(runs["status"]) == {"done"}
+
+
+# --- papermill ---------------------------------------------------------------------------------
+
+# A stand-in for notebook 03 with its parameters.
+CELL = """
+import os, sys
+sys.path[:0] = [{here!r}, {root!r}]
+import medssl_utils as medssl, tiny_study
+cell = dict(method=method, weights=weights, dataset=dataset, recipe=recipe, data_dir=data_dir,
+            label_fraction=label_fraction, seed=seed, study=study, runs_dir=runs_dir, device=device,
+            checkpoints_dir=checkpoints_dir, unofficial=unofficial, keep_best=keep_best,
+            image_size=image_size, epochs=epochs, batch_size=batch_size, token=0, notebook="")
+tiny_study.RUNNING.update(cell)
+tiny_study.install()
+config, data = medssl._cell_data(cell)
+medssl.fine_tune(*medssl._cell_backbone(cell), data, config, label_fraction=label_fraction,
+                 seed=seed, study=study, runs_dir=runs_dir, keep_best=keep_best)
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    names = [*medssl.ASKED, *medssl.WHERE, "image_size", "epochs", "batch_size"]
+    names.remove("notebook")
+    parameters = nbformat.v4.new_code_cell("\n".join(f"{n} = None" for n in names))
+    parameters.metadata["tags"] = ["parameters"]
+    code = nbformat.v4.new_code_cell(CELL.format(here=str(HERE), root=str(HERE.parent)))
+    made = nbformat.v4.new_notebook(cells=[parameters, code], metadata={
+        "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    nbformat.write(made, tmp_path / "03_tiny.ipynb")
+    return tmp_path / "03_tiny.ipynb"
+
+
+def test_a_killed_kernel_leaves_an_unfinished_run_that_is_done_by_the_next_call(log, notebook):
+    """T5, with a real kernel that is killed in its second epoch."""
+    mark(log, "kill", "SparK", 0)
+    table = study(log, {"seed": [0]}, notebook=notebook)
+    assert list(table["status"]) == ["unfinished"]
+    assert table["error"][0].startswith("DeadKernelError")
+    assert list(medssl.load_runs(log.parent / "runs")["status"]) == ["unfinished"]
+    again = study(log, {"seed": [0]}, notebook=notebook)
+    assert list(again["status"]) == ["done"] and list(again["error"]) == [""]
+    assert len(notes(log, "epochs")) == 2 and times_done(log) == {1}
+    assert (again["folder"][0] / "notebook.ipynb").exists()
+
+
+@pytest.mark.parametrize("end, kind", [
+    (TimeoutError("cell 3 took too long"), "TimeoutError"),
+    (papermill.PapermillExecutionError(3, 3, "", "KeyboardInterrupt", "", []), "KeyboardInterrupt"),
+    (None, "FileNotFoundError"),
+])
+def test_only_the_run_folder_says_that_a_notebook_is_done(log, notebook, monkeypatch, end, kind):
+    """T5: it timed out, was interrupted, or ended well and yet left no result."""
+    def execute(*args, **options):
+        if end:
+            raise end
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    table = study(log, {"seed": [0]}, notebook=notebook)
+    assert list(table["status"]) == ["to do"] and table["error"][0].startswith(kind)
+
+
+def test_a_run_that_another_process_writes_starts_no_kernel(log, notebook):
+    cell, = medssl._cells({"seed": [0]}, {**TINY, "runs_dir": log.parent / "runs", "data_dir": log,
+                                          "notebook": notebook})
+    folder = medssl._cell_folder(cell)
+    folder.mkdir(parents=True)
+    with medssl._sole_writer(folder):
+        assert medssl._run_cell(cell)[0] == "BusyError"
+    assert not (folder / "notebook.ipynb").exists()
+
+
+def test_a_parameter_that_the_notebook_lacks_is_named(log, notebook):
+    table = study(log, {"lr": [0.1]}, notebook=notebook)
+    assert "Parameter of 03_tiny.ipynb 'lr' is not known" in table["error"][0]
