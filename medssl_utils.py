@@ -25,7 +25,6 @@ import io
 import itertools
 import json
 import math
-import mmap
 import multiprocessing
 import os
 import pickletools
@@ -36,7 +35,6 @@ import re
 import shutil
 import struct
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -103,16 +101,15 @@ def _atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
+    name = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp")
+    name.touch(exist_ok=False)  # with the permissions that any new file gets here
     try:
-        yield Path(name)
+        yield name
         with open(name, "rb") as file:
             os.fsync(file.fileno())
         os.replace(name, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        name.unlink(missing_ok=True)
 
 
 def _sha256(path: str | Path) -> str:
@@ -535,10 +532,6 @@ def _append(part: Path, chunks: Iterable[bytes], size: int | None, quiet: bool) 
         raise CheckpointError(f"{part} could not be written: {error}. {_kept(part)}") from error
 
 
-# --- end of download ---
-
-# --- read, match, convert ---
-
 # A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so no
 # unpickler sees it: `_PickleReader` reads its opcodes, which gives names, shapes and places. The
 # match with a ResNet50 is made on those, and only then are bytes read, each with its checksum.
@@ -844,7 +837,8 @@ def _open_zip(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Pl
         raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
                               f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
     root = pickles[0].removesuffix("data.pkl")
-    if order := _small_record(file, records, f"{root}byteorder").strip(b"little"):
+    order = _small_record(file, records, f"{root}byteorder")
+    if order not in (b"", b"little"):
         raise CheckpointError(f"its byte order is {order!r}; only little-endian can be read")
     unread = {r for r in records if r.startswith(f"{root}data/")}
     sizes = {record: size for record, (_, size, _) in records.items()}
@@ -931,20 +925,19 @@ def _open_legacy(file: Any, allow_extra: Sequence[str]) -> tuple[Any, dict[str, 
         return key
 
     reader, records = _PickleReader(claim, allow_extra), {}
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        head = io.BytesIO(content[:MAX_PICKLE_BYTES])
-        _, _, system, top, keys = (reader.read(head) for _ in range(5))
-        if not (isinstance(system, dict) and system.get("little_endian") is True):
-            raise CheckpointError("its byte order isn't little-endian, which alone can be read")
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(sizes):
-            raise CheckpointError("it is damaged: its list of storages isn't its tensors' list")
-        first = head.tell()
-        for key in keys:
-            records[key] = (first + 8, sizes[key], None)  # 8 bytes: the number of elements
-            first += 8 + sizes[key]
-        if first != len(content):
-            raise CheckpointError(f"it is cut off or damaged: {len(content):,} bytes, its tensors "
-                                  f"need {first:,}")
+    file.seek(0)
+    head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
+    _, _, system, top, keys = (reader.read(head) for _ in range(5))
+    if not (isinstance(system, dict) and system.get("little_endian") is True):
+        raise CheckpointError("its byte order isn't little-endian, which alone can be read")
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(sizes):
+        raise CheckpointError("it is damaged: its list of storages isn't its tensors' list")
+    first = head.tell()
+    for key in keys:
+        records[key] = (first + 8, sizes[key], None)  # 8 bytes: the number of elements
+        first += 8 + sizes[key]
+    if first != (size := os.fstat(file.fileno()).st_size):
+        raise CheckpointError(f"it is cut off or damaged: {size:,} bytes, {first:,} are needed")
     return top, records
 
 
@@ -969,14 +962,21 @@ def _unwrap(top: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
 def _read_tensors(
     path: Path, records: Mapping[str, _Place], wanted: Mapping[str, _Stored],
 ) -> dict[str, torch.Tensor]:
-    """Read the wanted tensors; check the CRC of every record, wanted or not, in the same pass."""
-    data = {entry.record: torch.empty(0, dtype=torch.uint8) for entry in wanted.values()}
-    scratch = np.empty(1 << 20, np.uint8)
-    with open(path, "rb", buffering=0) as file:
-        for record, place in records.items():
-            if record in data:
-                data[record] = torch.empty(place[1], dtype=torch.uint8)
-            _read_record(file, record, place, data[record].numpy() if record in data else scratch)
+    """Read the wanted tensors; check the CRC of every record, the others' in a second thread."""
+    data = {record: torch.empty(records[record][1], dtype=torch.uint8)
+            for record in {entry.record: None for entry in wanted.values()}}
+
+    def read(names: Iterable[str]) -> None:
+        scratch = np.empty(1 << 20, np.uint8)
+        with open(path, "rb", buffering=0) as file:
+            for record in names:
+                buffer = data[record].numpy() if record in data else scratch
+                _read_record(file, record, records[record], buffer)
+
+    with ThreadPoolExecutor(1) as pool:
+        others = pool.submit(read, [record for record in records if record not in data])
+        read(data)
+        others.result()
     return {name: entry.view(data[entry.record]) for name, entry in wanted.items()}
 
 
@@ -1236,6 +1236,7 @@ def _load_original(
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
         missing, unexpected, raises = _readme_snippet(found, entries)
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
+        fingerprint = pool.submit(_fingerprint, tensors)
         _check_values(tensors)
         notes = {
             "every key began with module. (DistributedDataParallel), which was removed": ddp,
@@ -1249,8 +1250,8 @@ def _load_original(
             f"nothing but the prefix {prefix!r} of its keys says that this is {found}": not evident}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
-            digest.result(), changed=_changed(tensors), missing_keys=missing,
-            unexpected_keys=unexpected, groups=groups, fingerprint=_fingerprint(tensors),
+            changed=_changed(tensors), sha256=digest.result(), missing_keys=missing,
+            unexpected_keys=unexpected, groups=groups, fingerprint=fingerprint.result(),
             allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true))
 
 
@@ -1405,10 +1406,11 @@ def _changed(tensors: Mapping[str, torch.Tensor]) -> int:
     """
     generator, count = torch.Generator().manual_seed(0), 0
     for name, tensor in tensors.items():
-        fresh = torch.full_like(tensor, float(name.endswith(("weight", "running_var"))))
         if tensor.dim() == 4:
             tensor = tensor[0]
             fresh = torch.randn(tensor.shape, generator=generator) * _fresh_std(tensors[name])
+        else:
+            fresh = torch.full_like(tensor, float(name.endswith(("weight", "running_var"))))
         count += not torch.equal(tensor, fresh)
     return count
 
@@ -1506,8 +1508,6 @@ def _load_cache(
             if (report.size, report.allow_extra) == (path.stat().st_size, allow_extra):
                 return tensors, report
     return None
-
-# --- end of checkpoints ---
 
 # =============================================================================
 # Data

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import medssl_utils as medssl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,13 @@ def test_every_make_parameter_exists():
 
 def test_every_recipe_has_its_words():
     assert [r for r in medssl.RECIPES if f"`{r}`" not in README] == []
+
+
+@pytest.mark.parametrize("recipe", ["recommended", "paper", "demo"])
+def test_every_recipe_has_its_epochs_and_its_size(recipe):
+    config = medssl.FineTuneConfig.named(recipe)
+    stated = re.search(rf"`{recipe}`(?:\*\*)?: (\d+) epochs at (\d+) pixels", README)
+    assert [int(number) for number in stated.groups()] == [config.epochs, config.image_size]
 
 
 def test_nothing_is_left_to_fill_in():

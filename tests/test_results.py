@@ -370,8 +370,9 @@ def test_loss_needs_runs_with_all_labels(tmp_path):
 def test_summary_names_a_planted_winner_and_the_estimand(tmp_path):
     runs = write_study(tmp_path, {"random": 0.1, "BYOL": 0.1, "SparK": 2.5}, seeds=5)
     text = medssl.describe_comparison(medssl.compare_methods(runs))
-    assert text.startswith("DEMO AUC, scored per image, held against random; 95% intervals for a new "
-                           "seed and new test set; p after Holm's correction for 2 comparisons.")
+    assert text.startswith(
+        "DEMO AUC, scored per image, held against random; 95% intervals for a new seed and new "
+        "test set; p after Holm's correction for 2 comparisons.")
     assert "SparK is better than random" in text
     assert "no difference shown between random and BYOL." in text
 

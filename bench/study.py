@@ -1,0 +1,208 @@
+"""What a study costs on top of its training: runs, planning, resuming, and a full study on paper.
+
+    python bench/study.py                    four to six minutes on one core
+    python bench/study.py --cold 1 4 16 64   also the longest row of the second table
+    python bench/study.py --rate 4000        the last table for a device that trains 4000 images/s
+
+The tiny runs are real ones (ResNet50, phantoms, run folders) of two seconds and less, so that what
+is not training shows. The plan of 10,000 runs is made from run folders on disk that hold the two
+files that say how far a run is. The last table is computed, not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import heapq
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import medssl_utils as medssl  # noqa: E402
+
+TINY = {"method": "random", "label_fraction": 0.1, "epochs": 1, "image_size": 16}
+
+# COVID-CT and OrganSMNIST: images in train, validation and test.
+TASKS = {"covid_ct": (425, 118, 203), "organsmnist": (13_932, 2_452, 8_827)}
+FRACTIONS, SEEDS, METHODS = (1.0, 0.5, 0.25, 0.1, 0.05), 5, 6
+
+
+# =============================================================================
+# One warm process, or a process for each run
+# =============================================================================
+
+ONE_RUN = """
+import sys
+sys.path.insert(0, {root!r})
+import medssl_utils as medssl
+medssl.run_study({{"seed": [{seed}]}}, progress="none", runs_dir={folder!r}, **{tiny!r})
+"""
+
+
+def run_warm(n: int, folder: str) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):
+        medssl.run_study({"seed": range(n)}, progress="none", runs_dir=folder, **TINY)
+
+
+def run_cold(n: int, folder: str) -> None:
+    for seed in range(n):
+        script = ONE_RUN.format(root=str(ROOT), seed=seed, folder=folder, tiny=TINY)
+        subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def time_runs(run, n: int) -> tuple[float, float]:
+    """Seconds of n runs in all, and those that the runs themselves took (train, test, write)."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        run(n, folder)
+        total = time.perf_counter() - began
+        own = medssl.load_runs(folder)["seconds"]
+        assert len(own) == n
+        return total, own.sum()
+
+
+def print_runs(warm: list[int], cold: list[int]) -> float:
+    """Print a row a number of runs; return the overhead of a further run in a warm process."""
+    print("| runs | how | s in all | s a run | of it outside the run |")
+    print("|---|---|---|---|---|")
+    outside = {}
+    for run, name, numbers in ((run_warm, "one warm process", warm),
+                               (run_cold, "a process for each run", cold)):
+        for n in numbers:
+            total, own = time_runs(run, n)
+            outside[name, n] = total - own
+            print(f"| {n} | {name} | {total:.1f} | {total / n:.2f} | {(total - own) / n:.2f} |",
+                  flush=True)
+    first, last = min(warm), max(warm)
+    name = "one warm process"
+    return (outside[name, last] - outside[name, first]) / max(1, last - first)
+
+
+# =============================================================================
+# Ten thousand runs: plan and resume
+# =============================================================================
+
+BIG = {"method": ["random", *medssl.METHODS], "label_fraction": [0.05, 0.1, 0.25, 0.5, 1.0],
+       "seed": list(range(5)), "lr": np.logspace(-4, -2, 10).tolist(),
+       "weight_decay": np.logspace(-6, -2, 8).tolist()}
+
+
+def print_planning() -> None:
+    rows = []
+
+    def timed(what: str, call):
+        began = time.perf_counter()
+        result = call()
+        rows.append(f"| {what} | {time.perf_counter() - began:.1f} |")
+        return result
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        same = {"runs_dir": folder, "checkpoints_dir": str(ROOT / "checkpoints"), "epochs": 1,
+                "image_size": 16}
+        medssl.plan_study({"method": BIG["method"]}, **same)  # stand-ins are written, code is warm
+        plan = timed("plan, nothing done", lambda: medssl.plan_study(BIG, **same))
+        assert len(plan) == 10_000 and set(plan["status"]) == {"to do"}
+        cells = medssl._cells(BIG, same)
+        for cell in cells:
+            write_finished(medssl._cell_folder(cell))
+        for cell in cells[-2:]:
+            (medssl._cell_folder(cell) / "metrics.json").unlink()
+        plan = timed("plan, 9,998 done", lambda: medssl.plan_study(BIG, **same))
+        assert list(plan["status"][-2:]) == ["unfinished"] * 2
+        done = timed("resume: plan, the 2 runs that are left, final look",
+                     lambda: medssl.run_study(BIG, progress="none", **same))
+        assert set(done["status"]) == {"done"} and not done["error"].any()
+    print("\n| 10,000 runs | s |\n|---|---|\n" + "\n".join(rows))
+
+
+def write_finished(folder: Path) -> None:
+    """The two small files by which a study knows a finished run."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "metrics.json").write_text(json.dumps({"seconds": 1.0}))
+
+
+# =============================================================================
+# On paper: the full study
+# =============================================================================
+
+
+def steps_per_second() -> float:
+    """Training images a second at 224 px by the recommended recipe, on this device."""
+    config = medssl.FineTuneConfig(batch_size=32 if torch.cuda.is_available() else 8)
+    device = medssl.pick_device()
+    net = medssl.add_head(medssl.load_backbone("random")[0], 2, 0)
+    net = net.to(device, memory_format=torch.channels_last)
+    images = torch.randint(0, 255, (config.batch_size, 224, 224), dtype=torch.uint8, device=device)
+    labels = torch.arange(config.batch_size, device=device) % 2
+    prep, times = medssl.Preprocessing((0.5,) * 3, (0.2,) * 3, 224), []
+    optimizer = medssl.make_optimizer(net, config)
+    while len(times) < 4 or sum(times) < 1:
+        began = time.perf_counter()
+        medssl.train_one_epoch(net, images, labels, optimizer, config, prep, seed=0,
+                               epoch=config.epochs - 1)
+        times.append(time.perf_counter() - began)
+    return config.batch_size / float(np.median(times[1:]))
+
+
+def print_full_study(rate: float, overhead: float) -> None:
+    print(f"\nOn paper: {METHODS} initialisations, fractions {FRACTIONS}, {SEEDS} seeds, "
+          f"{rate:.3g} training images/s at 224 px, {overhead:.2f} s overhead a run\n")
+    print("| recipe | task | runs | training images | h on 1 device | h on 8 |")
+    print("|---|---|---|---|---|---|")
+    for recipe in ("recommended", "paper"):
+        both = []
+        for task, sizes in TASKS.items():
+            runs = [run_images(recipe, f, *sizes) for _ in range(SEEDS) for f in FRACTIONS
+                    for _ in range(METHODS)]
+            both += runs
+            print_row(recipe, task, runs, rate, overhead)
+        print_row(recipe, "both", both, rate, overhead)
+
+
+def run_images(recipe: str, fraction: float, train: int, val: int, test: int) -> float:
+    """Work of a run in training images, as `plan_study` counts it."""
+    epochs = medssl.FineTuneConfig.named(recipe).epochs
+    return epochs * (fraction * train + val / 3) + (val + test) / 3
+
+
+def print_row(recipe: str, task: str, runs: list[float], rate: float, overhead: float) -> None:
+    hours = []
+    for devices in (1, 8):
+        ends = [0.0] * devices  # the next run goes to the device that is free first
+        for images in runs:
+            heapq.heapreplace(ends, ends[0] + images / rate + overhead)
+        hours.append(max(ends) / 3600)
+    print(f"| {recipe} | {task} | {len(runs)} | {sum(runs) / 1e6:.1f} M | {hours[0]:.3g} | "
+          f"{hours[1]:.3g} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--warm", nargs="*", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--cold", nargs="*", type=int, default=[1, 4, 16])
+    parser.add_argument("--rate", type=float, help="training images per second at 224 px")
+    options = parser.parse_args()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    print(f"{where or 'CPU'}, {torch.get_num_threads()} of {os.cpu_count()} threads, torch "
+          f"{torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
+    overhead = print_runs(options.warm, options.cold) if options.warm else 0.0
+    print_planning()
+    print_full_study(options.rate or steps_per_second(), overhead)
+
+
+if __name__ == "__main__":
+    main()
