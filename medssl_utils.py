@@ -1236,7 +1236,6 @@ def _load_original(
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
         missing, unexpected, raises = _readme_snippet(found, entries)
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
-        fingerprint = pool.submit(_fingerprint, tensors)
         _check_values(tensors)
         notes = {
             "every key began with module. (DistributedDataParallel), which was removed": ddp,
@@ -1250,9 +1249,10 @@ def _load_original(
             f"nothing but the prefix {prefix!r} of its keys says that this is {found}": not evident}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
-            changed=_changed(tensors), sha256=digest.result(), missing_keys=missing,
-            unexpected_keys=unexpected, groups=groups, fingerprint=fingerprint.result(),
-            allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true))
+            changed=_changed(tensors), missing_keys=missing,
+            unexpected_keys=unexpected, groups=groups, fingerprint=_fingerprint(tensors),
+            allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true),
+            sha256=digest.result())
 
 
 def _without_ddp(entries: dict[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -2,7 +2,7 @@
 
     python bench/study.py                    four to six minutes on one core
     python bench/study.py --cold 1 4 16 64   also the longest row of the second table
-    python bench/study.py --rate 4000        the last table for a device that trains 4000 images/s
+    python bench/study.py --rate 4000        the last table alone, for 4000 training images/s
 
 The tiny runs are real ones (ResNet50, phantoms, run folders) of two seconds and less, so that what
 is not training shows. The plan of 10,000 runs is made from run folders on disk that hold the two
@@ -140,7 +140,7 @@ def write_finished(folder: Path) -> None:
 # =============================================================================
 
 
-def steps_per_second() -> float:
+def images_per_second() -> float:
     """Training images a second at 224 px by the recommended recipe, on this device."""
     config = medssl.FineTuneConfig(batch_size=32 if torch.cuda.is_available() else 8)
     device = medssl.pick_device()
@@ -192,16 +192,20 @@ def print_row(recipe: str, task: str, runs: list[float], rate: float, overhead: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--warm", nargs="*", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--cold", nargs="*", type=int, default=[1, 4, 16])
+    parser.add_argument("--warm", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--cold", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--rate", type=float, help="training images per second at 224 px")
+    parser.add_argument("--overhead", type=float, default=0.5, help="seconds a run, with --rate")
     options = parser.parse_args()
+    if options.rate:
+        print_full_study(options.rate, options.overhead)
+        return
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     print(f"{where or 'CPU'}, {torch.get_num_threads()} of {os.cpu_count()} threads, torch "
           f"{torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
-    overhead = print_runs(options.warm, options.cold) if options.warm else 0.0
+    overhead = print_runs(options.warm, options.cold)
     print_planning()
-    print_full_study(options.rate or steps_per_second(), overhead)
+    print_full_study(images_per_second(), overhead)
 
 
 if __name__ == "__main__":
