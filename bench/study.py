@@ -33,7 +33,8 @@ import torch  # noqa: E402
 
 import medssl_utils as medssl  # noqa: E402
 
-TINY = {"method": "random", "label_fraction": 0.1, "epochs": 1, "image_size": 16}
+TINY = {"method": "SparK", "label_fraction": 0.1, "epochs": 1, "image_size": 16,
+        "checkpoints_dir": str(ROOT / "checkpoints")}
 
 # COVID-CT and OrganSMNIST: images in train, validation and test.
 TASKS = {"covid_ct": (425, 118, 203), "organsmnist": (13_932, 2_452, 8_827)}

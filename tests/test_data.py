@@ -294,18 +294,22 @@ def test_without_meta_tables_the_patients_are_unknown(covid_ct):
     assert "No meta table: patients are unknown." in data.notes
 
 
+@pytest.fixture(scope="module")
+def real_images() -> m.DataSplits:
+    return m.load_data(SHARED / "covid_ct", image_size=32)  # small for speed
+
+
 @real_covid_ct
-def test_real_covid_ct_official_split():
-    data = m.load_data(SHARED / "covid_ct", image_size=32)
-    counts = {name: np.bincount(getattr(data, name).labels).tolist() for name in m.SPLITS}
+def test_real_covid_ct_official_split(real_images):
+    counts = {name: np.bincount(getattr(real_images, name).labels).tolist() for name in m.SPLITS}
     assert counts == {"train": [191, 234], "val": [60, 58], "test": [98, 105]}
-    assert "34 JPEG files are named .png." in data.notes
-    assert "The patient is not known for 83 of 746 images." in data.notes
+    assert "34 JPEG files are named .png." in real_images.notes
+    assert "The patient is not known for 83 of 746 images." in real_images.notes
 
 
 @real_covid_ct
-def test_real_covid_ct_three_articles_cross_and_no_patient():
-    report = m.check_splits(m.load_data(SHARED / "covid_ct", image_size=32))
+def test_real_covid_ct_three_articles_cross_and_no_patient(real_images):
+    report = m.check_splits(real_images)
     table = report.tables["articles"]
     assert table.loc["2020.03.12.20034686"].tolist() == [4, 0, 2]
     assert table.loc["2020.03.13.20035212"].tolist() == [3, 9, 0]
