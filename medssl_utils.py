@@ -6,7 +6,7 @@ Sections, in reading order:
     Training      recipes, the loop, the run folder
     Evaluation    scores with their definitions
     Results       finished runs as one table, methods compared
-    Study         a grid of settings, run one after another or by an executor
+    Study         a grid of settings: its cost, its runs, on one machine or a cluster
     Figures       plots that return the matplotlib figure
     Demo          stand-in checkpoints and phantom slices, so that nothing needs a download
 """
@@ -1565,12 +1565,12 @@ class Split:
         columns = (self.images, self.labels, self.ids, self.groups, self.articles)
         return Split(*(None if c is None else c[index] for c in columns))
 
-    @functools.cached_property
+    @property
     def ids_fingerprint(self) -> str:
         """SHA-256 of the ids alone: which images these are, at whatever size."""
         return hashlib.sha256("\n".join(map(str, self.ids)).encode()).hexdigest()
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of ids, labels and pixels."""
         digest = hashlib.sha256(self.ids_fingerprint.encode())
@@ -1610,7 +1610,7 @@ class DataSplits:
     task: str = "binary"
     published_split: bool = False
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of train, val and test."""
         parts = (getattr(self, name).fingerprint for name in SPLITS)
@@ -2684,14 +2684,19 @@ class Run:
 
 def _settings(
     report: KeyReport, data: DataSplits, config: FineTuneConfig, subset: np.ndarray,
-    label_fraction: float, seed: int,
+    label_fraction: float, seed: int, fingerprints: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that decides a run's result, JSON-ready."""
+    """Return everything that decides a run's result, JSON-ready.
+
+    Args:
+        fingerprints: of the data and of its test part, where they are known already.
+    """
+    of_data, of_test = fingerprints or (data.fingerprint, data.test.fingerprint)
     demo = report.demo or data.demo or config.recipe == "demo"
     return {
         "dataset": data.name,
-        "dataset_fingerprint": data.fingerprint,
-        "test_fingerprint": data.test.fingerprint,
+        "dataset_fingerprint": of_data,
+        "test_fingerprint": of_test,
         "class_names": list(data.class_names),
         "method": report.method,
         "weights": report.weights,
@@ -3580,7 +3585,8 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"The grid's {name} is {values!r}; give a list, such as [{values!r}].")
-    common = {**ASKED, **WHERE, **fixed, "token": time.time_ns()}  # for _once: studies keep apart
+    _once.cache_clear()  # memory of an earlier study; in workers the token keeps studies apart
+    common = {**ASKED, **WHERE, **fixed, "token": time.time_ns()}
     for name in ("runs_dir", "data_dir", "checkpoints_dir", "notebook"):
         if common[name]:  # workers and notebooks start in other folders
             common[name] = str(Path(common[name]).resolve())
@@ -3612,13 +3618,20 @@ def _cell_backbone(cell: Mapping[str, Any]) -> tuple[nn.Module, KeyReport]:
                  seed=cell["seed"] if cell["method"] == "random" else 0).result()
 
 
+@functools.lru_cache(maxsize=2)
+def _fingerprints(data: DataSplits) -> tuple[str, str]:
+    """Return the fingerprints of data that only a study holds, so that nobody changes them."""
+    return data.fingerprint, data.test.fingerprint
+
+
 def _cell_folder(cell: Mapping[str, Any]) -> Path:
     """Return the run folder of a cell; its name follows from weights and data, which are read."""
     config, data = _cell_data(cell)
     subset = label_subset(data.train.labels, cell["label_fraction"], seed=cell["seed"],
                           groups=data.train.groups, rule=config.subset_rule)
     return Path(cell["runs_dir"], cell["study"], run_name(_settings(
-        _cell_backbone(cell)[1], data, config, subset, cell["label_fraction"], cell["seed"])))
+        _cell_backbone(cell)[1], data, config, subset, cell["label_fraction"], cell["seed"],
+        _fingerprints(data))))
 
 
 def _look(cell: Mapping[str, Any], begun: Container[str]) -> dict[str, Any]:

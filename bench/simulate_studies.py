@@ -8,8 +8,8 @@ one of its own in each run. A seed moves all methods alike (the labelled images)
 (head and order). The inference is the module's own, bootstrap included; nothing is trained.
 
 Every line is one combination of seeds, test images and spread between seeds; shares in percent:
-    mean, difference   95 % intervals that hold the truth: for a new seed and a new test set, and
-                       for a new seed on this test set (whose truth is that of these images)
+    mean, difference   95 % intervals that hold the truth: for a new seed and a new test set (new),
+                       for a new seed on this test set, whose truth is that of its images (here)
     alarm              differences without one in truth that have p < 0.05, before correction
     any                studies with an alarm among the four equal methods, after Holm's correction
     power              studies that show the planted 0.05, before and after Holm's correction

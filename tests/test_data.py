@@ -114,7 +114,7 @@ def test_a_download_with_a_passing_fault_succeeds(tmp_path, catalogue, fault):
 def test_a_download_with_another_md5_is_refused(tmp_path, catalogue):
     with DriveServer(medmnist_bytes()) as server:
         catalogue("pneumoniamnist", url=server.url, MD5="0" * 32)
-        with pytest.raises(OSError, match="its md5 is .*, expected 000.*(.|\n)*By hand: fetch http"):
+        with pytest.raises(OSError, match="its md5 is .*, expected 000(.|\n)*By hand"):
             m.load_data("pneumoniamnist", data_dir=tmp_path)
     assert not (tmp_path / "pneumoniamnist.npz").exists()
 
@@ -540,7 +540,8 @@ def test_multi_label_counts_are_positives(phantoms):
 def test_ids_that_occur_twice_are_an_error(phantoms):
     ids = phantoms.val.ids.copy()
     ids[0] = ids[1]
-    assert any("1 ids occur twice" in e for e in m.check_splits(plant(phantoms, "val", ids=ids)).errors)
+    report = m.check_splits(plant(phantoms, "val", ids=ids))
+    assert any("1 ids occur twice" in error for error in report.errors)
 
 
 def test_intensities_are_held_against_pre_training(phantoms):
