@@ -4146,16 +4146,16 @@ def _demo_wrapper(method: str, variant: str, state: dict[str, Any]) -> dict[str,
             "optimizer": {}, "is_pretrain": True}
 
 
-import os as _os
-import os as _os
-import os as _os
+
+
+
 SLICES_PER_PATIENT = 2
 
 
 def demo_data(
     seed: int = 0, *, n_train: int = 240, n_val: int = 80, n_test: int = 160, image_size: int = 48,
 ) -> DataSplits:
-    """Draw CT-like axial chest slices; class 1 has patches of ground glass under the pleura.
+    """Draw CT-like axial chest slices; class 1 has hazy patches under the pleura.
 
     Each patient has two neighbouring slices and stays in one split; classes are balanced. Window
     level, lung density, body shape, vessels and noise vary from patient to patient. Brightness
@@ -4175,7 +4175,7 @@ def demo_data(
              for number, (name, n) in enumerate(sizes.items())}
     pixels = parts["train"].images / 255
     return DataSplits(
-        name="phantom", **parts, class_names=("clear lungs", "ground glass"),
+        name="phantom", **parts, class_names=("clear lungs", "opacities"),
         mean=(float(pixels.mean()),) * 3, std=(float(pixels.std()),) * 3, demo=True,
         source=f"CT-like slices drawn by demo_data(seed={seed}): no patients, no licence",
     )
@@ -4318,7 +4318,7 @@ def _phantom_vessels(body: Mapping[str, Any], rng: np.random.Generator, size: in
 
 def _phantom_haze(x: np.ndarray, y: np.ndarray, w: float, h: float, body: Mapping[str, Any],
                   number: int, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return what ground glass adds to the lungs: ragged, speckled patches under the pleura."""
+    """Return what the opacities add to the lungs: ragged, speckled patches under the pleura."""
     haze = np.zeros_like(x)
     for side, angle, depth, radius in body["patches"]:
         cx = side * (0.50 + 0.33 * depth * math.cos(angle)) * w

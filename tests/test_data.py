@@ -506,7 +506,7 @@ def test_unknown_patients_are_a_warning(phantoms):
 def test_a_split_of_one_class_is_an_error(phantoms, part):
     labels = np.zeros_like(getattr(phantoms, part).labels)
     report = m.check_splits(plant(phantoms, part, labels=labels))
-    assert any(e.startswith(f"{part} has no image of ground glass") for e in report.errors)
+    assert any(e.startswith(f"{part} has no image of opacities") for e in report.errors)
 
 
 def test_a_class_absent_from_the_test_set_is_a_warning(phantoms):
