@@ -1000,6 +1000,7 @@ class KeyReport:
         fingerprint: SHA-256 over names, types, shapes and numbers of the loaded tensors.
         allow_extra: what the user accepted beyond the known layout.
         notes: further things to know, one sentence each.
+        beside_stand_ins: True for a control loaded with weights="stand-in": its study is a demo.
     """
 
     method: str
@@ -1016,11 +1017,12 @@ class KeyReport:
     fingerprint: str = ""
     allow_extra: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    beside_stand_ins: bool = False
 
     @property
     def demo(self) -> bool:
-        """True for a stand-in, whose weights are random numbers."""
-        return self.weights == "stand-in"
+        """True for a stand-in, whose weights are random numbers, and for a control beside it."""
+        return self.weights == "stand-in" or self.beside_stand_ins
 
     @property
     def verdict(self) -> str:
@@ -1031,7 +1033,8 @@ class KeyReport:
                        and len(self.unexpected_keys) in known.snippet_unexpected)
             text += ("; the keys left out are those that the authors' README names" if as_told
                      else "; the keys left out are not quite the README's, see the notes")
-        return text + ("; STAND-IN: random numbers, no pre-training." if self.demo else ".")
+        return text + ("; STAND-IN: random numbers, no pre-training."
+                       if self.weights == "stand-in" else ".")
 
     def to_frame(self) -> pd.DataFrame:
         """Return the report as a table: keys, found, what the README expects, meaning."""
@@ -1103,6 +1106,7 @@ def load_backbone(
         raise ValueError("Give a method, or the path of a file whose method is to be recognised.")
     if method in CONTROLS and path is None:
         tensors, report = _random_control(seed) if method == "random" else _imagenet_control()
+        report = replace(report, beside_stand_ins=weights == "stand-in")
     elif path is not None and Path(path).suffix == ".safetensors":
         tensors, report = _load_exported(method, Path(path))
     else:

@@ -483,3 +483,8 @@ def test_a_trained_model_is_not_exported_under_the_checkpoints_report(byol, tmp_
 def test_a_report_cannot_be_changed_by_accident(byol):
     with pytest.raises(dataclasses.FrozenInstanceError):
         byol[1].weights = "published"
+
+
+def test_a_control_beside_stand_ins_is_part_of_a_demo():
+    assert medssl.load_backbone("random", weights="stand-in")[1].demo
+    assert not medssl.load_backbone("random", weights="published")[1].demo
