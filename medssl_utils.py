@@ -2688,14 +2688,15 @@ class Run:
 
 def _settings(
     report: KeyReport, data: DataSplits, config: FineTuneConfig, subset: np.ndarray,
-    label_fraction: float, seed: int, fingerprints: tuple[str, str] | None = None,
+    label_fraction: float, seed: int, fingerprints: tuple[str, str, str] | None = None,
 ) -> dict[str, Any]:
     """Return everything that decides a run's result, JSON-ready.
 
     Args:
-        fingerprints: of the data and of its test part, where they are known already.
+        fingerprints: of the data, its test part and the subset, where they are known already.
     """
-    of_data, of_test = fingerprints or (data.fingerprint, data.test.fingerprint)
+    of_data, of_test, of_subset = fingerprints or (
+        data.fingerprint, data.test.fingerprint, data.train.take(subset).ids_fingerprint)
     demo = report.demo or data.demo or config.recipe == "demo"
     return {
         "dataset": data.name,
@@ -2709,7 +2710,7 @@ def _settings(
         "label_fraction": label_fraction,
         "seed": seed,
         "n_train": len(subset),
-        "subset_fingerprint": data.train.take(subset).ids_fingerprint,
+        "subset_fingerprint": of_subset,
         **dataclasses.asdict(config),
         "augment": list(config.augment),
         "lr_candidates": list(config.lr_candidates),
@@ -3628,14 +3629,24 @@ def _fingerprints(data: DataSplits) -> tuple[str, str]:
     return data.fingerprint, data.test.fingerprint
 
 
+@functools.lru_cache(maxsize=64)
+def _subset(
+    data: DataSplits, fraction: float, seed: int, rule: str,
+) -> tuple[np.ndarray, tuple[str, str, str]]:
+    """Return a label subset, and the fingerprints of data, test part and subset."""
+    subset = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
+                          rule=rule)
+    return subset, (*_fingerprints(data), data.train.take(subset).ids_fingerprint)
+
+
 def _cell_folder(cell: Mapping[str, Any]) -> Path:
     """Return the run folder of a cell; its name follows from weights and data, which are read."""
     config, data = _cell_data(cell)
-    subset = label_subset(data.train.labels, cell["label_fraction"], seed=cell["seed"],
-                          groups=data.train.groups, rule=config.subset_rule)
-    return Path(cell["runs_dir"], cell["study"], run_name(_settings(
-        _cell_backbone(cell)[1], data, config, subset, cell["label_fraction"], cell["seed"],
-        _fingerprints(data))))
+    fraction, seed = cell["label_fraction"], cell["seed"]
+    subset, fingerprints = _subset(data, fraction, seed, config.subset_rule)
+    settings = _settings(_cell_backbone(cell)[1], data, config, subset, fraction, seed,
+                         fingerprints)
+    return Path(cell["runs_dir"], cell["study"], run_name(settings))
 
 
 def _look(cell: Mapping[str, Any], begun: Container[str]) -> dict[str, Any]:
