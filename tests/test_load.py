@@ -309,7 +309,7 @@ def test_imagenet_weights_that_cannot_be_fetched_are_an_error(tmp_path, monkeypa
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(CheckpointError, match=r"no network.*resnet50-\w+\.pth.*by hand"):
-        medssl.load_backbone("ImageNet")
+        medssl.load_backbone("ImageNet", weights="published")
 
 
 def test_imagenet_weights_load_from_torchvisions_cache(monkeypatch):
@@ -319,7 +319,7 @@ def test_imagenet_weights_load_from_torchvisions_cache(monkeypatch):
     whole.load_state_dict(state, assign=True)
     monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict",
                         lambda self, **keywords: whole.state_dict())
-    model, report = medssl.load_backbone("ImageNet")
+    model, report = medssl.load_backbone("ImageNet", weights="published")
     assert same(model, files.weights())
     assert (report.method, report.weights, report.demo) == ("ImageNet", "ImageNet", False)
 
