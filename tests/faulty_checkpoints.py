@@ -1657,6 +1657,8 @@ def _enum() -> object:
     import enum
 
     kind = enum.Enum("TrainerFn", {"FITTING": "fit"}, module="pytorch_lightning.trainer.states")
+    # By value, as all Pythons but 3.11.0 to 3.11.3 do; those ask for getattr, which is refused.
+    kind.__reduce_ex__ = lambda member, protocol: (kind, (member.value,))
     with importable(kind):
         return kind, kind.FITTING
 
