@@ -41,7 +41,7 @@ sys.exit("\n".join(["Failed:", *failed["error"]]) if len(failed) else 0)
 endef
 export GRID
 
-.PHONY: help workbook lab test test-network bench faults badges clean
+.PHONY: help workbook lab test test-network test-browser bench faults badges clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -69,6 +69,9 @@ test: $(READY)  ## run all tests, the notebooks included; needs no network
 
 test-network: $(READY)  ## check the addresses of the published checkpoints
 	$(PY) -m pytest -m network
+
+test-browser: $(READY)  ## run every notebook in JupyterLab in headless Chromium
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser -rs tests/test_browser.py
 
 bench: $(READY)  ## run the benchmarks
 	@set -e; for script in $(filter-out bench/faults.py,$(wildcard bench/*.py)); do \
