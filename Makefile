@@ -4,6 +4,9 @@
 # The Python that makes .venv: 3.11 or newer.
 PYTHON ?= python3
 
+# The Python of `make test-colab`; Colab has 3.13.
+COLAB_PYTHON ?= python3.13
+
 # What `make workbook` runs. These values are the demo, in which nothing is downloaded.
 WEIGHTS ?= stand-in
 DATASET ?= phantom
@@ -41,7 +44,7 @@ sys.exit("\n".join(["Failed:", *failed["error"]]) if len(failed) else 0)
 endef
 export GRID
 
-.PHONY: help workbook lab test test-network test-browser bench faults badges clean
+.PHONY: help workbook lab test test-network test-browser test-colab bench faults badges clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -73,6 +76,11 @@ test-network: $(READY)  ## check the addresses of the published checkpoints
 test-browser: $(READY)  ## run every notebook in JupyterLab in headless Chromium
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser -rs tests/test_browser.py
 
+test-colab: $(READY)  ## run every notebook with Colab's package versions, in .venv-colab
+	"$(COLAB_PYTHON)" -m venv --clear .venv-colab
+	.venv-colab/bin/python -m pip install --disable-pip-version-check -q -r .ci/colab.txt
+	$(PY) .ci/colab.py .venv-colab/bin/python
+
 bench: $(READY)  ## run the benchmarks
 	@set -e; for script in $(filter-out bench/faults.py,$(wildcard bench/*.py)); do \
 	    echo "== $$script"; $(PY) "$$script"; done
@@ -84,7 +92,7 @@ badges: $(READY)  ## write the Colab and Binder badges, from the address in pypr
 	$(PY) .ci/badges.py
 
 clean:  ## remove .venv and caches; runs, checkpoints and data stay
-	rm -rf $(VENV) .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-colab .pytest_cache *.egg-info
 	find . \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 # torch and torchvision must come from one source, which shows only at import.

@@ -19,10 +19,25 @@ MARK = "[![Open in Colab]"  # a badge line starts with this, so that the next ru
 ON_COLAB = """\
 import sys
 
-if "google.colab" in sys.modules:  # on Colab: fetch the helper, install what Colab lacks
-    !wget -q -nc https://raw.githubusercontent.com/{name}/main/medssl_utils.py
-    %pip install -q {requirements}"""
-NOT_ON_COLAB = ("gdown", "medmnist")  # Colab's own gdown is older than the floor
+keep_on_drive: bool = False  # on Colab: True keeps checkpoints, data and runs on your Google Drive
+if "google.colab" in sys.modules:
+    import os
+    from importlib.util import find_spec
+    root = "/content/medssl"
+    if keep_on_drive:
+        from google.colab import drive
+        drive.mount("/content/drive")
+        root = "/content/drive/MyDrive/medssl"
+    os.makedirs(f"{{root}}/notebooks", exist_ok=True)
+    os.chdir(f"{{root}}/notebooks")
+    helper = "https://raw.githubusercontent.com/{name}/{tag}/medssl_utils.py"
+    !wget -q -O medssl_utils.py {{helper}}
+    missing = [p for p in {packages} if not find_spec(p)]
+    %pip install -q "{gdown}" {{" ".join(missing)}}
+    import torch
+    print("GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")"""
+NOT_ON_COLAB = ("medmnist", "papermill", "captum", "pydicom", "nibabel", "statsmodels",
+                "safetensors", "filelock")  # those that are there already are left alone
 
 
 def repository(project: dict) -> str | None:
@@ -37,10 +52,15 @@ def repository(project: dict) -> str | None:
     return match[1]
 
 
-def badge_line(name: str, notebook: str) -> str:
+def tag(project: dict) -> str:
+    """The tag of this version: notebook, helper and environment of a badge are of one release."""
+    return f"v{project['version']}"
+
+
+def badge_line(name: str, notebook: str, tag: str) -> str:
     """The two badges that open `notebook`, as one line of Markdown."""
-    colab = f"https://colab.research.google.com/github/{name}/blob/main/notebooks/{notebook}"
-    binder = f"https://mybinder.org/v2/gh/{name}/main?urlpath=" + quote(
+    colab = f"https://colab.research.google.com/github/{name}/blob/{tag}/notebooks/{notebook}"
+    binder = f"https://mybinder.org/v2/gh/{name}/{tag}?urlpath=" + quote(
         f"lab/tree/notebooks/{notebook}", safe="")
     return (f"{MARK}(https://colab.research.google.com/assets/colab-badge.svg)]({colab}) "
             f"[![Open in Binder](https://mybinder.org/badge_logo.svg)]({binder})")
@@ -58,9 +78,9 @@ def with_badges(markdown: str, line: str | None) -> str:
 
 def colab_cell(name: str, project: dict) -> nbformat.NotebookNode:
     """The cell that prepares a bare Colab runtime and does nothing anywhere else."""
-    wanted = [d for d in project["dependencies"] if re.match(r"[\w-]+", d)[0] in NOT_ON_COLAB]
-    requirements = " ".join(f'"{d}"' for d in wanted)
-    source = ON_COLAB.format(name=name, requirements=requirements)
+    names = {re.match(r"[\w-]+", d)[0]: d for d in project["dependencies"]}
+    packages = [n for n in NOT_ON_COLAB if n in names]
+    source = ON_COLAB.format(name=name, tag=tag(project), packages=packages, gdown=names["gdown"])
     return nbformat.v4.new_code_cell(source, metadata={"tags": ["colab"]}, id="colab")
 
 
@@ -86,12 +106,12 @@ def main(folder: Path) -> None:
     paths = sorted((folder / "notebooks").glob("*.ipynb"))
 
     readme = folder / "README.md"
-    line = badge_line(name, paths[0].name) if name else None
+    line = badge_line(name, paths[0].name, tag(project)) if name else None
     readme.write_text(with_badges(readme.read_text("utf-8"), line), "utf-8")
 
     for path in paths:
         notebook = nbformat.read(path, as_version=4)
-        line = badge_line(name, path.name) if name else None
+        line = badge_line(name, path.name, tag(project)) if name else None
         notebook.cells[0].source = with_badges(notebook.cells[0].source, line)
         with_colab_cell(notebook, colab_cell(name, project) if name else None)
         nbformat.write(notebook, path)

@@ -91,7 +91,7 @@ def test_a_changed_floor_would_be_noticed(tmp_path):
 
 def test_every_import_is_a_declared_dependency():
     declared = {IMPORT_NAMES.get(n, n) for n in floors(RUNTIME + TEST)}
-    patterns = ("*.py", "tests/*.py", "bench/*.py", "bench")
+    patterns = ("*.py", "tests/*.py", "bench/*.py", ".ci/*.py", "bench")
     local = {p.stem for pattern in patterns for p in ROOT.glob(pattern)}
     assert imported_modules() - declared - local - sys.stdlib_module_names == set()
 
@@ -145,8 +145,9 @@ def test_badges_open_each_notebook_at_the_address(copy_of_project):
     assert paths
     for path in paths:
         first = nbformat.read(path, as_version=4).cells[0].source
-        assert f"/github/someone/something/blob/main/notebooks/{path.name})" in first
-        assert f"/gh/someone/something/main?urlpath=lab%2Ftree%2Fnotebooks%2F{path.name})" in first
+        tag = f"v{PROJECT['version']}"
+        assert f"/github/someone/something/blob/{tag}/notebooks/{path.name})" in first
+        assert f"/gh/someone/something/{tag}?urlpath=lab%2Ftree%2Fnotebooks%2F{path.name})" in first
     assert "github/someone/something" in (copy_of_project / "README.md").read_text("utf-8")
 
 
@@ -156,7 +157,7 @@ def test_colab_cell_follows_the_parameters(copy_of_project):
         cells = nbformat.read(path, as_version=4).cells
         assert cells[1].metadata.tags == ["parameters"]
         assert cells[2].metadata.tags == ["colab"]
-        assert "someone/something/main/medssl_utils.py" in cells[2].source
+        assert f"someone/something/v{PROJECT['version']}/medssl_utils.py" in cells[2].source
         assert '"gdown>=6"' in cells[2].source
         counts = [c.execution_count for c in cells if c.cell_type == "code"]
         assert counts == list(range(1, len(counts) + 1))
