@@ -27,7 +27,8 @@ _spec.loader.exec_module(badges)
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}  # conda name -> the one in pyproject
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
 # Dependencies that the notebooks and tests use without importing them.
-NOT_IMPORTED = {"jupyterlab", "ipywidgets", "ipykernel", "nbval", "nbconvert"}
+NOT_IMPORTED = {"jupyterlab", "ipywidgets", "ipykernel", "nbval", "nbconvert",
+                "jupyter-repo2docker"}
 
 
 def floors(requirements: list[str]) -> dict[str, str]:
@@ -39,7 +40,7 @@ def floors(requirements: list[str]) -> dict[str, str]:
 def conda_requirements(path: Path) -> list[str]:
     """The packages of a conda environment file, its pip section included, python and pip not."""
     items = yaml.safe_load(path.read_text("utf-8"))["dependencies"]
-    names = [i for i in items if isinstance(i, str)]
+    names = [i for i in items if isinstance(i, str) and not i.startswith("python=")]
     names += [p for i in items if isinstance(i, dict) for p in i["pip"]]
     return [n for n in names if Requirement(n).name not in ("python", "pip")]
 
@@ -72,14 +73,25 @@ def test_binder_environment_matches_pyproject():
 @pytest.mark.parametrize("name", ["environment.yml", "binder/environment.yml"])
 def test_torch_and_torchvision_both_come_from_conda(name):
     items = yaml.safe_load((ROOT / name).read_text("utf-8"))["dependencies"]
-    conda = {Requirement(i).name for i in items if isinstance(i, str)}
+    conda = {Requirement(i).name for i in items if isinstance(i, str) and "python=" not in i}
     assert "torchvision" in conda and conda & {"pytorch", "pytorch-cpu"}
 
 
-@pytest.mark.parametrize("name", ["environment.yml", "binder/environment.yml"])
-def test_environment_python_matches_pyproject(name):
-    items = yaml.safe_load((ROOT / name).read_text("utf-8"))["dependencies"]
+def test_environment_python_matches_pyproject():
+    items = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))["dependencies"]
     assert "python" + PROJECT["requires-python"] in items
+
+
+def test_binder_builds_from_its_folder_with_a_python_that_fits(tmp_path):
+    shutil.copytree(ROOT / "binder", tmp_path / "binder")
+    shutil.copy(ROOT / "environment.yml", tmp_path)  # beside it, as in the repository
+    command = [sys.executable, "-m", "repo2docker", "--no-build", "--debug", "."]
+    plan = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert plan.returncode == 0, plan.stderr[-1000:]
+    said = plan.stdout + plan.stderr
+    assert "--file \"binder/environment.yml\"" in said and "./binder/postBuild" in said
+    version = re.search(r"conda environment for python=(\S+)", said)[1]
+    assert Requirement("python" + PROJECT["requires-python"]).specifier.contains(version + ".0")
 
 
 def test_a_changed_floor_would_be_noticed(tmp_path):
