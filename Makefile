@@ -44,7 +44,7 @@ sys.exit("\n".join(["Failed:", *failed["error"]]) if len(failed) else 0)
 endef
 export GRID
 
-.PHONY: help workbook lab test test-network test-browser test-colab bench faults badges clean
+.PHONY: help workbook lab html test test-network test-browser test-colab bench faults badges figures clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -67,6 +67,13 @@ workbook: $(READY)  ## run the notebooks into runs/workbook, from the checkpoint
 lab: $(READY)  ## open JupyterLab
 	$(PY) -m jupyterlab notebooks/01_download_checkpoints.ipynb
 
+html: $(READY)  ## write the executed notebooks as linked web pages into runs/html
+	$(PY) -m nbconvert --to html --output-dir runs/html notebooks/*.ipynb
+	$(PY) -c 'import pathlib, re; [p.write_text(re.sub(r"(href=\"\d\d_\w+)\.ipynb", r"\1.html", p.read_text("utf-8")), "utf-8") for p in pathlib.Path("runs/html").glob("*.html")]'
+
+figures: $(READY)  ## write the pictures of this README from the notebooks' outputs
+	$(PY) .ci/figures.py
+
 test: $(READY)  ## run all tests, the notebooks included; needs no network
 	OMP_NUM_THREADS=1 $(PY) -m pytest
 
@@ -78,7 +85,7 @@ test-browser: $(READY)  ## run every notebook in JupyterLab in headless Chromium
 
 test-colab: $(READY)  ## run every notebook with Colab's package versions, in .venv-colab
 	"$(COLAB_PYTHON)" -m venv --clear .venv-colab
-	.venv-colab/bin/python -m pip install --disable-pip-version-check -q -r .ci/colab.txt
+	.venv-colab/bin/python -m pip install --disable-pip-version-check -q --only-binary :all: -r .ci/colab.txt
 	$(PY) .ci/colab.py .venv-colab/bin/python
 
 bench: $(READY)  ## run the benchmarks
