@@ -4,6 +4,7 @@
 its driver) and takes about eight minutes. Screenshots are kept in runs/browser.
 """
 
+import os
 import re
 import shutil
 import socket
@@ -45,6 +46,24 @@ SHOW_CELL = """
 """
 
 
+NODE = "const node = window.jupyterapp.shell.currentWidget.content.widgets[arguments[0]].node;"
+CONTROLS = NODE + "return node.querySelectorAll('.widget-interact select').length;"
+SHOWN = NODE + """
+    const box = node.querySelector(".widget-interact");
+    return box.innerText + [...box.querySelectorAll("img")].map(img => img.src).join();
+"""
+CHOOSE_ANOTHER = NODE + """
+    for (const menu of node.querySelectorAll(".widget-interact select")) {
+        if (menu.multiple || menu.options.length < 2) continue;
+        menu.selectedIndex = (menu.selectedIndex + 1) % menu.options.length;
+        menu.dispatchEvent(new Event("change", {bubbles: true}));
+        node.querySelector(".widget-interact button.jupyter-button")?.click();  // interact_manual
+        return true;
+    }
+    return false;
+"""
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """JupyterLab as `make lab` starts it, on a copy of the notebooks; yields its address."""
@@ -53,7 +72,7 @@ def lab(tmp_path_factory):
     for path in (folder / "notebooks").glob("*.ipynb"):
         notebook = nbformat.read(path, as_version=4)
         cell = notebook.cells[1]
-        cell.source = cell.source.replace("interactive: bool = False", "interactive: bool = True")
+        cell.source = re.sub(r"\b(widgets|interactive): bool = False", r"\1: bool = True", cell.source)
         nbformat.write(notebook, path)
     medssl.run_study(  # small for speed: what notebook 05 compares
         {"method": ["random", "SparK"], "label_fraction": [0.5, 1.0], "seed": [0, 1]}, workers=2,
@@ -65,8 +84,10 @@ def lab(tmp_path_factory):
     command = [sys.executable, "-m", "jupyterlab", "notebooks/01_download_checkpoints.ipynb",
                "--no-browser", "--allow-root", f"--port={port}", "--expose-app-in-browser",
                "--IdentityProvider.token=test"]
+    own = {f"JUPYTERLAB_{kind}_DIR": str(folder / kind) for kind in ("WORKSPACES", "SETTINGS")}
     with open(folder / "lab.log", "w") as log:
-        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+        server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
+                                  env={**os.environ, **own})
     yield f"http://localhost:{port}/lab/tree/{{name}}?token=test"
     server.terminate()
     server.wait(30)
@@ -137,12 +158,24 @@ def errors(state: dict) -> list[str]:
             for output in outputs if output["output_type"] == "error"]
 
 
-def has_widget(outputs: list[dict]) -> bool:
-    """Whether a cell shows a widget to move; progress bars are none."""
-    views = [o["data"] for o in outputs if "application/vnd.jupyter.widget-view+json" in
-             o.get("data", {})]
-    return any(not re.search(r"\d+%|it/s|img/s|HBox\(children=\(HTML\(value=", str(
-        view.get("text/plain", ""))) for view in views)
+def cells_with_controls(driver) -> list[int]:
+    """Numbers of the cells whose output has controls that a function follows."""
+    return driver.execute_script("""
+        const cells = [...window.jupyterapp.shell.currentWidget.content.model.cells];
+        return cells.map((cell, i) => i).filter(i => cells[i].type === "code" &&
+            /\\binteract(ive|_manual)?\\(/.test(cells[i].sharedModel.getSource()));""")
+
+
+def move(driver, name: str, cell: int) -> None:
+    """Choose another entry of a cell's first menu; wait until what it shows has changed."""
+    driver.execute_script(SHOW_CELL, cell)
+    wait_for(driver, lambda s: driver.execute_script(CONTROLS, cell), "controls")
+    before = driver.execute_script(SHOWN, cell)
+    assert driver.execute_script(CHOOSE_ANOTHER, cell), "no menu with a second entry"
+    wait_for(driver, lambda s: driver.execute_script(SHOWN, cell) != before,
+             f"cell {cell} of {name} to follow its menu", 120)
+    time.sleep(1)  # for the picture to be drawn
+    driver.save_screenshot(str(SHOTS / name.replace(".ipynb", f"_cell{cell}.png")))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -152,6 +185,8 @@ def test_notebook_runs_from_the_menu_without_an_error(name, browser, lab):
     browser.save_screenshot(str(SHOTS / name.replace(".ipynb", ".png")))
     assert errors(state) == []
     assert state["counts"] == list(range(1, len(state["counts"]) + 1))
+    for cell in cells_with_controls(browser):
+        move(browser, name, cell)
     page = browser.find_element("tag name", "body").text
     assert "Error displaying widget" not in page and "Loading widget" not in page
     wide = browser.execute_script(
