@@ -175,7 +175,7 @@ def test_an_extra_does_not_excuse_a_foreign_backbone(tmp_path):
 def test_tensors_that_share_numbers_are_refused(tmp_path):
     state = dict(files.weights())
     state["layer1.1.bn1.weight"] = state["layer1.0.bn1.weight"]
-    with pytest.raises(CheckpointError, match=r"overlap \(first: layer1\.0\.bn1\.weight\)"):
+    with pytest.raises(CheckpointError, match=r"overlap another \(first: layer1\.0\.bn1\.weight\)"):
         medssl.load_backbone("SparK", saved(tmp_path / "x.pth", state, "module"))
 
 
