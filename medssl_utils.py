@@ -216,7 +216,7 @@ def download_checkpoint(
         sha256: expected checksum; default: the one in `checksums.json`. Where neither exists,
             the file must be one that PyTorch wrote, each record matching its CRC.
         from_file: a file that you already have: copied, nothing is fetched.
-        timeout: seconds of silence (or of less than 1 kB/s) after which it gives up.
+        timeout: seconds of silence after which it gives up.
         retries: further attempts after a lost connection or a busy server (429, 5xx).
         quiet: no progress bar.
 
@@ -336,19 +336,16 @@ def _transfer(
                 raise requests.ConnectionError(f"{problem}; {url} did not say how long the file is")
             break
         except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-            words, cause = f"{url} is silent: less than 1 kB/s for {timeout:g} s", error
+            words, cause = f"{url} is silent for {timeout:g} s", error
         except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
             words, cause = f"gave up after {attempt} attempts: {error}", error
             if attempt <= retries:
                 time.sleep(min(0.25 * 2**attempt, 30))
                 continue
-        except requests.RequestException as error:
-            words, cause = f"{url} cannot be fetched: {error}", error
-        except OSError as error:
-            words, cause = f"{part} could not be written: {error}", error
-        kept = (f"{part.stat().st_size:,} bytes are kept in {part}; the next call goes on from "
-                "there." if part.exists() else "Nothing had arrived.")
-        raise CheckpointError(f"{words}. {kept}") from cause
+        except OSError as error:  # of the address, or of the disk
+            words, cause = f"{url} cannot be fetched into {part}: {error}", error
+        kept = f"What arrived is kept in {part}; the next call goes on from there."
+        raise CheckpointError(f"{words}. {kept if part.exists() else ''}") from cause
     part.with_suffix(".origin").unlink(missing_ok=True)
     if problem:
         raise CheckpointError(f"{_set_aside(part, problem)}. It came from {url}.")
@@ -362,22 +359,17 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> bool:
     have = part.stat().st_size if known.get("url") == url and known["validator"] else 0
     if have and have == known["size"]:  # killed between the last byte and the rename
         return True
-    with requests.Session() as session, _open(session, url, have, known, timeout) as response:
-        chunks = _chunks(response, timeout)
-        first = next(chunks, b"")
-        if response.ok and first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+    with _open(url, have, known, timeout) as response:
+        chunk = response.raw.read1(1 << 20)
+        if response.ok and chunk.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
             raise CheckpointError(f"{url} sent a web page, not the file.")  # the part is kept
         start, origin = _origin(response, url)
-        changed = [f"{name} was {known[name]}, is {value}" for name, value in origin.items()
-                   if have and value not in (None, known[name])]
-        if changed or response.status_code == 416:  # 416: it has no byte `have`
+        same = response.ok and all(origin[name] in (None, known[name]) for name in known)
+        if have and not (same and start in (0, have)):
             part.unlink()
-            raise CheckpointError(
-                f"the file at {url} changed while it was being fetched ({', '.join(changed)}). "
-                "The part of the old one is removed; call again for the new one.")
-        if start not in (0, have):
-            part.unlink()
-            raise requests.ConnectionError(f"{url} was asked for byte {have} and sent byte {start}")
+            raise requests.ConnectionError(
+                f"{url} changed on the way: byte {have} of {known} was asked for, byte {start} of "
+                f"{origin} came")
         needed, free = (origin["size"] or 0) - start, shutil.disk_usage(part.parent).free
         if needed > free:
             raise CheckpointError(f"{part.parent} has {free:,} bytes free; {needed:,} are needed.")
@@ -387,23 +379,22 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> bool:
                 temporary.write_text(json.dumps(origin))
         with open(part, "ab") as file, tqdm(total=origin["size"], initial=start, desc=part.stem,
                                             unit="B", unit_scale=True, disable=quiet) as bar:
-            for chunk in itertools.chain([first], chunks):
+            while chunk:
                 file.write(chunk)
                 bar.update(len(chunk))
+                chunk = response.raw.read1(1 << 20)
     if origin["size"] not in (None, part.stat().st_size):
         raise requests.ConnectionError(f"{url} ended before its {origin['size']:,} bytes")
     return origin["size"] is not None
 
 
-def _open(
-    session: requests.Session, url: str, have: int, known: Mapping[str, Any], timeout: float
-) -> requests.Response:
+def _open(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requests.Response:
     """Ask for `url` from byte `have` on, through Drive's page about large files if it comes."""
     from gdown.download import get_url_from_gdrive_confirmation
     from gdown.exceptions import FileURLRetrievalError
     from gdown.parse_url import is_google_drive_url
 
-    # A range is asked for even from 0: Drive then tells the length, which it may leave out.
+    session = requests.Session()  # a range is asked for even from 0: Drive then tells the length
     session.headers.update({"Accept-Encoding": "identity", "Range": f"bytes={have}-"})
     if have:
         session.headers["If-Range"] = known["validator"]
@@ -421,18 +412,6 @@ def _open(
     if not response.ok and not (have and response.status_code == 416):
         raise CheckpointError(f"{answer}.")
     return response
-
-
-def _chunks(response: requests.Response, timeout: float) -> Iterator[bytes]:
-    """Yield the body as it arrives; a trickle below 1 kB/s over `timeout` seconds is an error."""
-    since, arrived = time.monotonic(), 0
-    while chunk := response.raw.read1(1 << 20):
-        yield chunk
-        arrived += len(chunk)
-        if time.monotonic() - since > timeout:
-            if arrived < 1000 * timeout:
-                raise urllib3.exceptions.TimeoutError(f"{arrived} bytes in {timeout:g} s")
-            since, arrived = time.monotonic(), 0
 
 
 def _origin(response: requests.Response, url: str) -> tuple[int, dict[str, Any]]:
@@ -473,7 +452,10 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = frozenset((*_CONSTANTS, *(
     "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
     "BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8").split()))
-_FROM_THE_MARK = (pickletools.markobject, pickletools.stackslice)
+_TAKES = {}  # opcode -> (takes everything from the last mark on, how many items besides)
+for _code in pickletools.opcodes:
+    _from_mark = pickletools.markobject in _code.stack_before  # and with it the slice above it
+    _TAKES[_code.name] = _from_mark, len(_code.stack_before) - 2 * _from_mark
 MAX_PICKLE_BYTES = 4 << 20  # ten times what a published file needs
 MAX_NAMES = 200
 
@@ -508,12 +490,6 @@ class _Stored:
                 raise ValueError(f"{what} leaves gaps or overlaps itself")
             dense *= length
 
-    @property
-    def span(self) -> tuple[int, int]:
-        """Its first byte in the record, and the one behind its last."""
-        size = self.dtype.itemsize
-        return self.offset * size, (self.offset + math.prod(self.shape)) * size
-
     def view(self, data: torch.Tensor) -> torch.Tensor:
         """Return this tensor as a view of its record's bytes (uint8, 1-D)."""
         return data.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
@@ -526,13 +502,14 @@ class _PickleReader:
     with; any other name is refused.
 
     Args:
-        claim: called with (storage key, bytes) of each storage; returns its record, or raises.
         allow_extra: further `module.name`s that may stand for an empty dict.
+        root: what stands before a storage's key in the name of its record.
     """
 
-    def __init__(self, claim: Callable[[str, int], str], allow_extra: Sequence[str] = ()):
-        self.claim, self.allowed = claim, frozenset((*allow_extra, *_DTYPES, *_TENSOR, _PARAMETER))
+    def __init__(self, allow_extra: Sequence[str] = (), root: str = ""):
+        self.allowed, self.root = {*allow_extra, *_DTYPES, *_TENSOR, _PARAMETER}, root
         self.names: dict[_Name, bool] = {}  # name -> accepted
+        self.sizes: dict[str, int] = {}  # record -> bytes, as declared
 
     def read(self, stream: io.BytesIO) -> Any:
         """Return the data of one pickle; a refused name, wherever it stands, is an error."""
@@ -562,9 +539,8 @@ class _PickleReader:
             "BUILD": lambda made, state: made,  # the state of an object that is never made
         }
         for opcode, argument, _ in pickletools.genops(stream):
-            name, takes = opcode.name, opcode.stack_before
-            start = marks.pop() if pickletools.markobject in takes else len(stack)
-            start -= sum(kind not in _FROM_THE_MARK for kind in takes)
+            name, (from_mark, more) = opcode.name, _TAKES[opcode.name]
+            start = (marks.pop() if from_mark else len(stack)) - more
             if start < 0:
                 raise ValueError(f"opcode {name} finds nothing to take")
             taken = stack[start:]
@@ -605,8 +581,10 @@ class _PickleReader:
             raise ValueError("a reference to something that is no storage")
         if view not in ((), (None,)):
             raise ValueError("a storage that is a view of another, as PyTorch < 0.4 wrote")
-        dtype = _DTYPES[name]
-        return self.claim(key, numel * dtype.itemsize), dtype, numel
+        dtype, record = _DTYPES[name], self.root + key
+        if self.sizes.setdefault(record, numel * dtype.itemsize) != numel * dtype.itemsize:
+            raise ValueError(f"{record} is declared with two sizes")
+        return record, dtype, numel
 
 
 def _extended(target: Any, *items: Any) -> Any:
@@ -670,14 +648,10 @@ def load_state_dict(
         CheckpointError: it isn't a checkpoint, is damaged, or asks for names of no weight file.
     """
     with _about(path := Path(path)):
-        top, records = _open_checkpoint(path, _as_tuple(allow_extra))
+        top, records = _open_checkpoint(path, allow_extra)
         entries, _ = _unwrap(top)
         stored = {name: entry for name, entry in entries.items() if isinstance(entry, _Stored)}
         return _read_tensors(path, records, stored)
-
-
-def _as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
@@ -717,7 +691,7 @@ def _what(path: Path) -> str:
         return "a safetensors file"
     if text.startswith((b"{", b"[")):
         return "JSON text"
-    reader = _PickleReader(lambda key, size: key)
+    reader = _PickleReader()
     with contextlib.suppress(CheckpointError):
         reader.read(io.BytesIO(start))
     if names := [name for name in reader.names if re.fullmatch(r"[\w.]+", name)]:
@@ -740,18 +714,13 @@ def _open_zip(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _P
     _read_records(path, places, small)
     if (order := small["byteorder"].tobytes()) not in (b"", b"little"):
         raise CheckpointError(f"its byte order is {order!r}; only little-endian can be read")
-    unread = {r for r in records if r.startswith(f"{root}data/")}
-
-    def claim(key: str, size: int) -> str:
-        record = f"{root}data/{key}"
-        if (found := records[record][1]) != size:
-            raise ValueError(f"{record} has {found:,} bytes, {size:,} were declared")
-        unread.discard(record)
-        return record
-
-    top = _PickleReader(claim, allow_extra).read(io.BytesIO(small["data.pkl"]))
-    if unread:
-        raise CheckpointError(f"it holds records of no tensor: {_few(sorted(unread), 2)}")
+    reader = _PickleReader(allow_extra, f"{root}data/")
+    top = reader.read(io.BytesIO(small["data.pkl"]))
+    found = {name: size for name, (_, size, _) in records.items() if name.startswith(reader.root)}
+    for name in reader.sizes | found:
+        if found.get(name) != reader.sizes.get(name):
+            raise CheckpointError("its records aren't those that its pickle declares: bytes of "
+                                  f"{name}: {found.get(name)}, declared {reader.sizes.get(name)}")
     return top, records
 
 
@@ -808,25 +777,18 @@ def _read_records(
 
 def _open_legacy(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
     """Open what torch.save wrote before PyTorch 1.6: five pickles, then the storages in order."""
-    sizes: dict[str, int] = {}
-
-    def claim(key: str, size: int) -> str:
-        if sizes.setdefault(key, size) != size:
-            raise ValueError(f"storage {key} is declared with {sizes[key]:,} and {size:,} bytes")
-        return key
-
     with open(path, "rb") as file:
         head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    reader, records = _PickleReader(claim, allow_extra), {}
+    reader, records = _PickleReader(allow_extra), {}
     _, _, system, top, keys = (reader.read(head) for _ in range(5))
     if not (isinstance(system, dict) and system.get("little_endian") is True):
         raise CheckpointError("its byte order isn't little-endian, which alone can be read")
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(sizes):
+    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(reader.sizes):
         raise CheckpointError("it is damaged: its list of storages isn't its tensors' list")
     first = head.tell()
     for key in keys:
-        records[key] = (first + 8, sizes[key], None)  # 8 bytes: the number of elements
-        first += 8 + sizes[key]
+        records[key] = (first + 8, reader.sizes[key], None)  # 8 bytes: the number of elements
+        first += 8 + reader.sizes[key]
     if first != (size := path.stat().st_size):
         raise CheckpointError(f"it is cut off or damaged: {size:,} bytes, {first:,} are needed")
     return top, records
@@ -969,20 +931,21 @@ def load_backbone(
     if path is None and method is None:
         raise ValueError("Give a method, or the path of a file whose method is to be recognised.")
     if method in CONTROLS and path is None:
-        tensors, report = _random_control(seed) if method == "random" else _imagenet_control()
+        tensors, report = _load_control(method, seed)
         report = replace(report, beside_stand_ins=weights == "stand-in")
     elif path is not None and Path(path).suffix == ".safetensors":
         tensors, report = _load_exported(method, Path(path))
     else:
         file = _locate(method, weights, Path(folder)) if path is None else Path(path)
         tensors, report = _load_file(
-            method, file, "file" if path else weights, _as_tuple(allow_extra), cache)
+            method, file, "file" if path else weights, tuple(allow_extra), cache)
     model = copy.deepcopy(_resnet50())  # no time is spent on weights that would be overwritten
     model.fc = nn.Identity()
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval(), report
 
 
+_Entries = Mapping[str, Any]  # what a state_dict holds: `_Stored`, and whatever else was saved
 _Loaded = tuple[dict[str, torch.Tensor], KeyReport]  # the 318 tensors, and what there is to say
 
 
@@ -1014,31 +977,26 @@ def _backbone_layout() -> dict[str, torch.Tensor]:
     return {k: v for k, v in _resnet50().state_dict().items() if not k.startswith("fc.")}
 
 
-def _random_control(seed: int) -> _Loaded:
-    """torchvision's own initialisation under `seed`; the caller's random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        state = torchvision.models.resnet50().state_dict()
-    tensors = {name: state[name] for name in _backbone_layout()}
-    return tensors, KeyReport("random", "random", fingerprint=_fingerprint(tensors),
-                              notes=(f"torchvision's initialisation, seed {seed}",))
-
-
-def _imagenet_control() -> _Loaded:
-    """torchvision's IMAGENET1K_V1 weights, from its own cache or download."""
-    source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+def _load_control(method: str, seed: int) -> _Loaded:
+    """torchvision's initialisation under `seed`, or its ImageNet weights (cached or downloaded)."""
+    source, report = torchvision.models.ResNet50_Weights.IMAGENET1K_V1, KeyReport(method, method)
     name = source.url.rsplit("/", 1)[-1]
-    try:
-        state = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"The ImageNet weights could not be had from {source.url} ({error}). Put {name} into "
-            f"{torch.hub.get_dir()}/checkpoints by hand, or leave the control ImageNet out."
-        ) from None
+    if method == "random":
+        with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+            torch.default_generator.manual_seed(seed)
+            state = torchvision.models.resnet50().state_dict()
+        report = replace(report, notes=(f"torchvision's initialisation, seed {seed}",))
+    else:
+        try:
+            state = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"The ImageNet weights could not be had from {source.url} ({error}). Put {name} "
+                f"into {torch.hub.get_dir()}/checkpoints by hand, or leave ImageNet out.") from None
+        report = replace(report, path=name, groups={"fc.": (2, "ImageNet classifier")},
+                         notes=(f"torchvision {source}",), changed=_changed(state))
     tensors = {name: state[name] for name in _backbone_layout()}
-    return tensors, KeyReport(
-        "ImageNet", "ImageNet", name, changed=_changed(tensors), fingerprint=_fingerprint(tensors),
-        groups={"fc.": (2, "ImageNet classifier")}, notes=(f"torchvision {source}",))
+    return tensors, replace(report, fingerprint=_fingerprint(tensors))
 
 
 def _load_file(
@@ -1118,12 +1076,13 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             f"accepted by you beyond what is known: {_few(allow_extra)}": allow_extra}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
-            changed=_changed(tensors), missing_keys=missing, unexpected_keys=unexpected,
-            groups=groups, fingerprint=_fingerprint(tensors), allow_extra=allow_extra,
-            notes=tuple(note for note, true in notes.items() if true), sha256=digest.result())
+            changed=_changed(tensors), missing_keys=tuple(missing), groups=groups,
+            unexpected_keys=tuple(unexpected), fingerprint=_fingerprint(tensors),
+            allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true),
+            sha256=digest.result())
 
 
-def _recognise(entries: Mapping[str, Any]) -> tuple[str, str]:
+def _recognise(entries: _Entries) -> tuple[str, str]:
     """Return method and prefix under which most of a ResNet50's 318 names are found."""
     counts = {(known.method, prefix): sum(prefix + name in entries for name in _backbone_layout())
               for known in CHECKPOINTS.values() for prefix in (known.prefix, known.other_prefix)
@@ -1138,13 +1097,11 @@ def _recognise(entries: Mapping[str, Any]) -> tuple[str, str]:
 
 def _is_backbone(key: str, prefix: str) -> bool:
     """Say whether a key belongs to a part that a ResNet50 has."""
-    parts = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-    return key.startswith(prefix) and key[len(prefix):].split(".")[0] in parts
+    name = key.removeprefix(prefix)
+    return key == prefix + name and bool(re.match(r"(conv1|bn1|layer[1-4])(\.|$)", name))
 
 
-def _take_backbone(
-    entries: Mapping[str, Any], prefix: str,
-) -> tuple[dict[str, _Stored], list[str]]:
+def _take_backbone(entries: _Entries, prefix: str) -> tuple[dict[str, _Stored], list[str]]:
     """Return the backbone by ResNet50 name, and the counters to be filled with 0; else raise."""
     layout = _backbone_layout()
     own = {key[len(prefix):]: value for key, value in entries.items() if _is_backbone(key, prefix)}
@@ -1154,9 +1111,10 @@ def _take_backbone(
     other = [f"{name} is {entry.shape} {entry.dtype}, not {tuple(layout[name].shape)} "
              f"{layout[name].dtype}" for name, entry in backbone.items()
              if (entry.shape, entry.dtype) != (layout[name].shape, layout[name].dtype)]
-    places = sorted((entry.record, *entry.span, name) for name, entry in backbone.items())
-    shared = [before[-1] for before, after in itertools.pairwise(places)
-              if before[0] == after[0] and before[2] > after[1]]
+    places = sorted((entry.record, str(entry.dtype), entry.offset, math.prod(entry.shape), name)
+                    for name, entry in backbone.items())
+    shared = [first[-1] for first, second in itertools.pairwise(places)
+              if first[:2] == second[:2] and first[2] + first[3] > second[2]]
     counters = [name for name in layout if name.endswith("num_batches_tracked")]
     filled = counters if missing == counters and not set(counters) & set(own) else []
     faults = [f"{len(names)} {words} (first: {names[0]})" for names, words in (
@@ -1169,7 +1127,7 @@ def _take_backbone(
 
 
 def _sort_rest(
-    entries: Mapping[str, Any], prefix: str, known: Checkpoint, allow_extra: tuple[str, ...],
+    entries: _Entries, prefix: str, known: Checkpoint, allow_extra: tuple[str, ...],
 ) -> dict[str, tuple[int, str]]:
     """Sort what isn't backbone into the method's known groups: group -> (keys, words); or raise."""
     words = {name: "accepted by allow_extra" for name in allow_extra} | dict(known.groups)
@@ -1189,13 +1147,11 @@ def _sort_rest(
     return {group: (counts[group], words[group]) for group in words if counts[group]}
 
 
-def _readme_snippet(
-    method: str, entries: Mapping[str, Any],
-) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+def _readme_snippet(method: str, entries: _Entries) -> tuple[list[str], list[str], bool]:
     """Return missing and unexpected keys as the authors' README snippet reports them.
 
-    Its renaming isn't anchored; PyTorch doesn't report BatchNorm's counters as missing from a
-    plain dict. Where the head's shape makes it raise (third value), the head is left out.
+    Its renaming isn't anchored; PyTorch doesn't miss BatchNorm's counters in a plain dict. Where
+    the head's shape makes it raise (third value), the head is left out.
     """
     start = CHECKPOINTS[method].prefix or "model."
     shapes = {key.replace(start, ""): getattr(entry, "shape", None)
@@ -1204,7 +1160,7 @@ def _readme_snippet(
     raises = shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]
     keys = [key for key in shapes if not (raises and key.startswith("fc."))]
     missing = [k for k in wanted if k not in keys and not k.endswith("num_batches_tracked")]
-    return tuple(missing), tuple(key for key in keys if key not in wanted), raises
+    return missing, [key for key in keys if key not in wanted], raises
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
@@ -1236,11 +1192,10 @@ def _fresh_std(weight: torch.Tensor) -> float:
 
 
 def _changed(tensors: Mapping[str, torch.Tensor]) -> int:
-    """Count tensors that differ from a fresh initialisation: BatchNorm begins with 0 and 1; a
-    convolution always differs, as every draw of random numbers does from every other."""
-    return sum(tensor.dim() == 4 or bool(
-        (tensor != float(name.endswith(("weight", "running_var")))).any())
-        for name, tensor in tensors.items())
+    """Count tensors that differ from a fresh initialisation: BatchNorm's begin as 0 or 1, and a
+    convolution's are drawn anew each time."""
+    return sum(tensor.dim() == 4 or bool((tensor != name.endswith(("weight", "running_var"))).any())
+               for name, tensor in tensors.items())
 
 
 EXPORT_MARK = "medssl_utils.export_backbone"
@@ -1285,9 +1240,8 @@ def _read_backbone(path: Path, verify: bool) -> _Loaded:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("written_by") != EXPORT_MARK:
             raise CheckpointError("it is a safetensors file that export_backbone didn't write")
-        fields = json.loads(metadata["report"])
-        fields["groups"] = {group: tuple(value) for group, value in fields["groups"].items()}
-        report = KeyReport(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        report = KeyReport(**json.loads(metadata["report"], object_hook=lambda fields: {
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from None
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in _backbone_layout().items()}

@@ -105,7 +105,7 @@ def test_the_error_names_the_extra_that_accepts_a_pickled_name(tmp_path, monkeyp
                    tmp_path / "x.ckpt")
     with pytest.raises(CheckpointError, match=re.escape("allow_extra=('lab.Settings',)")):
         medssl.load_state_dict(tmp_path / "x.ckpt")
-    found = medssl.load_state_dict(tmp_path / "x.ckpt", allow_extra="lab.Settings")
+    found = medssl.load_state_dict(tmp_path / "x.ckpt", allow_extra=["lab.Settings"])
     assert found["a"].tolist() == [1, 1]
 
 
