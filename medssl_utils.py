@@ -994,9 +994,10 @@ def _load_control(method: str, seed: int) -> _Loaded:
                 f"The ImageNet weights could not be had from {source.url} ({error}). Put {name} "
                 f"into {torch.hub.get_dir()}/checkpoints by hand, or leave ImageNet out.") from None
         report = replace(report, path=name, groups={"fc.": (2, "ImageNet classifier")},
-                         notes=(f"torchvision {source}",), changed=_changed(state))
+                         notes=(f"torchvision {source}",))
     tensors = {name: state[name] for name in _backbone_layout()}
-    return tensors, replace(report, fingerprint=_fingerprint(tensors))
+    changed = 0 if method == "random" else _changed(tensors)
+    return tensors, replace(report, changed=changed, fingerprint=_fingerprint(tensors))
 
 
 def _load_file(
@@ -1158,7 +1159,7 @@ def _readme_snippet(method: str, entries: _Entries) -> tuple[list[str], list[str
               for key, entry in entries.items()}
     wanted = {name: tensor.shape for name, tensor in _resnet50().state_dict().items()}
     raises = shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]
-    keys = [key for key in shapes if not (raises and key.startswith("fc."))]
+    keys = {key: None for key in shapes if not (raises and key.startswith("fc."))}
     missing = [k for k in wanted if k not in keys and not k.endswith("num_batches_tracked")]
     return missing, [key for key in keys if key not in wanted], raises
 

@@ -322,6 +322,7 @@ def test_imagenet_weights_load_from_torchvisions_cache(monkeypatch):
     model, report = medssl.load_backbone("ImageNet", weights="published")
     assert same(model, files.weights())
     assert (report.method, report.weights, report.demo) == ("ImageNet", "ImageNet", False)
+    assert (report.loaded, report.changed) == (318, 318)
 
 
 # Convert ---------------------------------------------------------------------
