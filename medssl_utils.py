@@ -226,7 +226,8 @@ def download_checkpoint(
     checkpoint = CHECKPOINTS[_choose(method, METHODS, "method")]
     target = Path(folder) / checkpoint.filename
     try:
-        expected = {"sha256": sha256.lower()} if sha256 else _known_checksum(target)
+        recorded = _checksums(target.parent).get(target.name)
+        expected = {"sha256": sha256.lower()} if sha256 else recorded
         if from_file is not None:
             if problem := _file_problem(Path(from_file), expected):
                 raise CheckpointError(f"{from_file}: {problem}.")
@@ -253,44 +254,38 @@ def download_checkpoint(
         ) from error
 
 
-def _known_checksum(path: Path) -> dict[str, Any] | None:
-    """Return {"sha256": ..., "size": ...} of a file from checksums.json beside it, or None."""
-    listing = path.with_name("checksums.json")
+def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return what `folder`/checksums.json records: file name -> {"sha256": ..., "size": ...}."""
+    listing = folder / "checksums.json"
     try:
-        entry = json.loads(listing.read_text()).get(path.name)
-        return entry and {"sha256": str(entry["sha256"]), "size": int(entry["size"])}
+        return {name: {"sha256": str(entry["sha256"]), "size": int(entry["size"])}
+                for name, entry in json.loads(listing.read_text()).items()}
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{listing} is not a list of checksums ({error}): restore it or delete it.") from error
 
 
 def _record_checksum(path: Path, sha256: str) -> None:
-    """Write SHA-256 and size of a file into checksums.json beside it, unless it is listed there.
+    """Add SHA-256 and size of a file to checksums.json beside it; what is listed stays as it is.
 
     A folder that cannot be written to only gives a warning: its files can still be used.
     """
     listing = path.with_name("checksums.json")
     try:
-        with FileLock(path.with_name(".checksums.json.lock")):
-            if _known_checksum(path) is None:
-                entries = json.loads(listing.read_text()) if listing.exists() else {}
-                entries[path.name] = {"sha256": sha256, "size": path.stat().st_size}
-                with _atomic(listing) as temporary:
-                    temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        with FileLock(path.with_name(".checksums.json.lock")), _atomic(listing) as temporary:
+            entry = {"sha256": sha256, "size": path.stat().st_size}
+            entries = {path.name: entry} | _checksums(path.parent)
+            temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         warnings.warn(f"The checksum of {path} could not be recorded ({error}): a later change "
                       "of the file will go unnoticed.", stacklevel=2)
 
 
 def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
-    """Say what is wrong with a file, or None.
-
-    Args:
-        expected: {"sha256": ...} or {"md5": ...}. Without it, the file must be one that PyTorch
-            wrote, each record matching its CRC (the format before 1.6 has none to match).
-    """
+    """Say what is wrong with a file, or None. It is held against {"sha256": ...} or {"md5": ...};
+    else it must be one that PyTorch wrote, each record matching its CRC (none before 1.6)."""
     if not path.exists():
         return "there is no such file"
     kind, problems = _what(path), []
@@ -305,7 +300,7 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
         problems.append(f"its {name} is {found}, expected {expected[name]}")
     elif kind == "zip":
         try:
-            _read_records(path, _zip_records(path))
+            _read_records(path, _zip_records(path), keep={})
         except CheckpointError as error:
             problems.append(str(error))
     return "; ".join(problems) or None
@@ -757,13 +752,13 @@ def _zip_records(path: Path) -> dict[str, _Place]:
 
 
 def _read_records(
-    path: Path, records: Mapping[str, _Place], keep: Mapping[str, np.ndarray] | None = None,
+    path: Path, records: Mapping[str, _Place], keep: Mapping[str, np.ndarray],
 ) -> None:
     """Read records and check their CRC; those that `keep` has a buffer for stay in it."""
     scratch = np.empty(1 << 20, np.uint8)
     with open(path, "rb") as file:
         for name, (first, size, expected) in records.items():
-            buffer, crc = (keep or {}).get(name, scratch), 0
+            buffer, crc = keep.get(name, scratch), 0
             file.seek(first)
             for start in range(0, size, max(len(buffer), 1)):
                 part = buffer[: size - start]
@@ -815,15 +810,10 @@ def _unwrap(top: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
 def _read_tensors(
     path: Path, records: Mapping[str, _Place], wanted: Mapping[str, _Stored],
 ) -> dict[str, torch.Tensor]:
-    """Read the wanted tensors; check the CRC of every record, the others' in a second thread."""
+    """Read the wanted tensors, and check the CRC of every record of the file."""
     data = {record: torch.empty(records[record][1], dtype=torch.uint8)
             for record in dict.fromkeys(entry.record for entry in wanted.values())}
-    with ThreadPoolExecutor(1) as pool:
-        others = pool.submit(
-            _read_records, path, {name: records[name] for name in records if name not in data})
-        _read_records(path, {name: records[name] for name in data},
-                      {name: buffer.numpy() for name, buffer in data.items()})
-        others.result()
+    _read_records(path, records, {name: buffer.numpy() for name, buffer in data.items()})
     return {name: entry.view(data[entry.record]) for name, entry in wanted.items()}
 
 
@@ -1037,12 +1027,12 @@ def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
             "it is a stand-in with random weights, not the published file: delete it and fetch "
             "that (notebook 01)" if report.demo else "it has no stand-in's mark: move it away and "
             "give its path; a stand-in will be written here")
-    if weights == "published" and not _known_checksum(path):
+    if weights == "published" and path.name not in _checksums(path.parent):
         _record_checksum(path, report.sha256)
-    known = _known_checksum(path)
-    if known and known["sha256"] != report.sha256:
+    known = _checksums(path.parent).get(path.name, {"sha256": report.sha256})["sha256"]
+    if known != report.sha256:
         raise CheckpointError(
-            f"its SHA-256 is {report.sha256}, but at its first load it was {known['sha256']} "
+            f"its SHA-256 is {report.sha256}, but at its first load it was {known} "
             "(checksums.json): other bytes under the same name. Fetch it again, or delete that "
             "entry if the published file was replaced")
 
@@ -1050,6 +1040,9 @@ def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
 def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...]) -> _Loaded:
     """Open, match, read and check a checkpoint as its authors saved it."""
     with _about(path), ThreadPoolExecutor(1) as pool:
+        # hashing takes as long as all the rest: side by side, but for a file beyond all measure
+        usual = path.is_file() and path.stat().st_size < 1 << 30
+        digest = pool.submit(_sha256, path) if usual else None
         top, records = _open_checkpoint(path, allow_extra)
         entries, wrapper = _unwrap(top)
         if ddp := all(key.startswith("module.") for key in entries):
@@ -1062,7 +1055,6 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
         if method is None and not evident:
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
         missing, unexpected, raises = _readme_snippet(found, entries)
-        digest = pool.submit(_sha256, path)  # takes as long as all that follows: side by side
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
         _check_values(tensors)
         notes = {
@@ -1080,7 +1072,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             changed=_changed(tensors), missing_keys=tuple(missing), groups=groups,
             unexpected_keys=tuple(unexpected), fingerprint=_fingerprint(tensors),
             allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true),
-            sha256=digest.result())
+            sha256=digest.result() if digest else _sha256(path))
 
 
 def _recognise(entries: _Entries) -> tuple[str, str]:

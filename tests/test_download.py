@@ -457,10 +457,10 @@ def test_a_misspelt_method_is_named_with_the_nearest(tmp_path):
 
 def test_a_checksum_is_recorded_once(tmp_path):
     (tmp_path / NAME).write_bytes(BODY)
-    assert medssl._known_checksum(tmp_path / NAME) is None
+    assert medssl._checksums(tmp_path) == {}
     medssl._record_checksum(tmp_path / NAME, SHA)
     medssl._record_checksum(tmp_path / NAME, "0" * 64)
-    assert medssl._known_checksum(tmp_path / NAME) == {"sha256": SHA, "size": len(BODY)}
+    assert medssl._checksums(tmp_path) == {NAME: {"sha256": SHA, "size": len(BODY)}}
 
 
 def test_recording_keeps_the_other_entries(tmp_path):

@@ -7,6 +7,7 @@ leads to a file of PyTorch's, and Drive tells enough for a broken download to be
 from __future__ import annotations
 
 import pytest
+import requests
 
 import medssl_utils as medssl
 
@@ -18,8 +19,13 @@ BEGINNINGS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")  # tor
 def ask(method: str, have: int = 0, known: dict | None = None) -> tuple[int, dict, bytes]:
     """Ask Drive for the file from byte `have` on: (first byte sent, its origin, first bytes)."""
     url = medssl.CHECKPOINTS[method].url
-    with medssl._open(url, have, known or {}, timeout=60) as response:
-        return *medssl._origin(response, url), response.raw.read1(512)
+    try:
+        with medssl._open(url, have, known or {}, timeout=60) as response:
+            return *medssl._origin(response, url), response.raw.read1(512)
+    except requests.RequestException as error:
+        problem = error
+    pytest.fail(f"Google Drive could not be asked for the {method} file; this test needs the "
+                f"internet. {problem}", pytrace=False)
 
 
 @each_method
