@@ -269,9 +269,7 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _record_checksum(path: Path, sha256: str) -> None:
     """Add SHA-256 and size of a file to checksums.json beside it; what is listed stays as it is.
-
-    A folder that cannot be written to only gives a warning: its files can still be used.
-    """
+    A folder that cannot be written to only gives a warning: its files can still be used."""
     listing = path.with_name("checksums.json")
     try:
         with FileLock(path.with_name(".checksums.json.lock")), _atomic(listing) as temporary:
@@ -493,12 +491,8 @@ class _Stored:
 class _PickleReader:
     """Turns a pickle into plain data: dicts with text keys, lists, tuples, numbers, `_Stored`.
 
-    A name that has a place in a weight file stands for an empty dict, whatever it is called
-    with; any other name is refused.
-
-    Args:
-        allow_extra: further `module.name`s that may stand for an empty dict.
-        root: what stands before a storage's key in the name of its record.
+    A name that has a place in a weight file, or is among `allow_extra`, stands for an empty dict,
+    whatever it is called with; any other is refused. `root` + a storage's key names its record.
     """
 
     def __init__(self, allow_extra: Sequence[str] = (), root: str = ""):
@@ -1018,10 +1012,8 @@ def _agree(asked: str | None, found: str) -> None:
 
 
 def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
-    """Keep stand-in and published files apart, and hold a file against its recorded checksum.
-
-    The first load of a published file that passes every check records its checksum.
-    """
+    """Keep stand-in and published files apart; hold a file against its recorded checksum, which
+    the first load of a published file that passes every check records."""
     if weights != "file" and report.demo != (weights == "stand-in"):
         raise CheckpointError(
             "it is a stand-in with random weights, not the published file: delete it and fetch "
