@@ -902,7 +902,7 @@ def load_backbone(
         seed: of the `random` control.
         allow_extra: key groups ("group.") or pickled names that an error named and you accept.
         cache: keep the backbone as safetensors beside the file for quick later loads. True trusts
-            it while size and time stamp of both files are unchanged, "verify" hashes it each time.
+            it while size and time stamp of both files are unchanged, "verify" checks its CRC too.
     Returns:
         model: torchvision ResNet50 with `fc` replaced by Identity, eval mode, on the CPU;
             (N, 3, H, W) images to (N, 2048) features.
@@ -923,7 +923,8 @@ def load_backbone(
         file = _locate(method, weights, Path(folder)) if path is None else Path(path)
         tensors, report = _load_file(
             method, file, "file" if path else weights, tuple(allow_extra), cache)
-    model = copy.deepcopy(_resnet50())  # no time is spent on weights that would be overwritten
+    empty = {id(tensor): tensor for tensor in _resnet50().state_dict(keep_vars=True).values()}
+    model = copy.deepcopy(_resnet50(), empty)  # the 318 tensors are put in, not copied over
     model.fc = nn.Identity()
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval(), report
@@ -1171,6 +1172,14 @@ def _fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _crc32(tensors: Mapping[str, torch.Tensor]) -> str:
+    """CRC-32 over the numbers in name order: finds damage, in half the time of a SHA-256."""
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].contiguous().numpy().reshape(-1).view(np.uint8), crc)
+    return f"{crc:08x}"
+
+
 def _fresh_std(weight: torch.Tensor) -> float:
     """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
     return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
@@ -1210,7 +1219,8 @@ def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyR
     from safetensors.torch import save_file
     metadata = {"format": "pt", "written_by": EXPORT_MARK, "method": report.method,
                 "weights": report.weights, "source": report.path, "source_sha256": report.sha256,
-                "fingerprint": report.fingerprint, "report": json.dumps(dataclasses.asdict(report))}
+                "fingerprint": report.fingerprint, "crc32": _crc32(tensors),
+                "report": json.dumps(dataclasses.asdict(report))}
     with _atomic(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
     return path
@@ -1225,15 +1235,16 @@ def _read_backbone(path: Path, verify: bool) -> _Loaded:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("written_by") != EXPORT_MARK:
             raise CheckpointError("it is a safetensors file that export_backbone didn't write")
-        report = KeyReport(**json.loads(metadata["report"], object_hook=lambda fields: {
-            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+        crc32, report = metadata["crc32"], KeyReport(**json.loads(
+            metadata["report"], object_hook=lambda fields: {
+                k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(str(error)) from None
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in _backbone_layout().items()}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != layout:
         raise CheckpointError("its tensors are not those of a ResNet50 backbone")
-    if verify and _fingerprint(tensors) != report.fingerprint:
-        raise CheckpointError("its tensors are not those it was written with (fingerprint)")
+    if verify and _crc32(tensors) != crc32:
+        raise CheckpointError("its tensors are not those it was written with (CRC-32)")
     return tensors, report
 
 
