@@ -3844,8 +3844,8 @@ def write_demo_checkpoint(
     wrapper = _demo_wrapper(method, variant, state)
     wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
     path = Path(folder) / CHECKPOINTS[method].filename
-    with _atomic(path) as temporary:
-        torch.save(wrapper, temporary)
+    with _atomic(path) as temporary, open(temporary, "wb") as file:
+        torch.save(wrapper, file)  # not to a path, whose name would go into the file
     return path
 
 
