@@ -1,6 +1,6 @@
 """What happens at each fault of downloading (D) and loading (L): ours, and others beside it.
 
-    make faults                                  all of it; minutes on two cores
+    make faults                                  all of it, some minutes on two cores
     python bench/faults.py --rows L1 L6          some rows
     python bench/faults.py --match "zip in a"    the cases whose name holds this
     python bench/faults.py --summary             the totals alone

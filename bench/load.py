@@ -1,6 +1,6 @@
 """Seconds and memory to load a checkpoint of true size: ours, and the authors' README snippet.
 
-    python bench/load.py                     all four methods, about three minutes on two cores
+    python bench/load.py                     all four methods, two minutes on two cores
     python bench/load.py --methods BYOL      one of them
     python bench/load.py --alone             on a shared machine: a time counts only if nothing else
                                              used the processor meanwhile (Linux)
