@@ -1,9 +1,10 @@
 """What happens at each fault of downloading (D) and loading (L): ours, and others beside it.
 
-    make faults                                  all of it, about ten minutes on two cores
+    make faults                                  all of it, some minutes on two cores
     python bench/faults.py --rows L1 L6          some rows
     python bench/faults.py --match "zip in a"    the cases whose name holds this
     python bench/faults.py --summary             the totals alone
+    python bench/faults.py --workers 1           one case at a time (as many as cores, else)
 
 Every case runs in a process of its own, forked from this one, with a limit on memory and time.
 A case counts as survived only if
@@ -30,6 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,6 +51,8 @@ import medssl_utils as medssl  # noqa: E402
 MEMORY = 1 << 30  # bytes that a case may claim beyond what the process began with
 SPENT = 512  # MB that a file of 94 MB may cost before it is refused or loaded (L6, L7)
 SECONDS = 30.0  # a case may take
+# Files of 94 MB are written by the hundred: into memory where the system has such a folder.
+FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 BAD_ADVICE = re.compile(r"weights_only\W+(set to\W+)?False")
 
 
@@ -74,6 +78,7 @@ class Result:
     survived: dict[str, bool] = field(default_factory=dict)
     harmless: dict[str, bool] = field(default_factory=dict)  # the same, words not judged
     words: dict[str, str] = field(default_factory=dict)
+    harms: bool | None = None  # an unprotected reader runs its code; None: it holds none to run
 
 
 # =============================================================================
@@ -128,9 +133,15 @@ def read_ours(case: files.Case, path: Path, allow_extra: tuple[str, ...]) -> tup
     return model.state_dict(), str(report)
 
 
+@functools.cache
+def fresh_network() -> torch.nn.Module:
+    """A ResNet50 as torchvision begins it; drawn once, each case's process has its own copy."""
+    return torchvision.models.resnet50()
+
+
 def read_snippet(case: files.Case, path: Path, allow_extra: tuple[str, ...]) -> tuple[Tensors, str]:
     """The snippet of the authors' README in our words; `torch.load` as this torch does it."""
-    model = torchvision.models.resnet50()
+    model = fresh_network()
     content = torch.load(path)
     if "module" in content:
         content = content["module"]
@@ -143,7 +154,7 @@ def read_snippet(case: files.Case, path: Path, allow_extra: tuple[str, ...]) -> 
 
 def read_plain(case: files.Case, path: Path, allow_extra: tuple[str, ...]) -> tuple[Tensors, str]:
     """`torch.load(weights_only=True)` on the CPU, the prefix cut where it stands at the start."""
-    model = torchvision.models.resnet50()
+    model = fresh_network()
     content = torch.load(path, map_location="cpu", weights_only=True)
     for wrapper in ("state_dict", "module"):
         if wrapper in content:
@@ -184,7 +195,7 @@ def same(tensors: Tensors, expected: Tensors) -> bool:
 @contextlib.contextmanager
 def built(case: files.Case) -> Iterator[tuple[Path, Path]]:
     """Build the file of a case in a folder of its own; yield (path, folder), delete both."""
-    folder = Path(tempfile.mkdtemp(prefix="fault-"))
+    folder = Path(tempfile.mkdtemp(prefix="fault-", dir=FOLDER))
     try:
         if case.trusted:
             trust(case, folder)
@@ -204,7 +215,7 @@ def trust(case: files.Case, folder: Path) -> None:
 
 @functools.cache
 def twin_works(reader: Callable, case: files.Case) -> bool:
-    folder = Path(tempfile.mkdtemp(prefix="twin-"))
+    folder = Path(tempfile.mkdtemp(prefix="twin-", dir=FOLDER))
     try:
         path = case.good(folder)
         outcome = isolated(
@@ -267,39 +278,29 @@ def first_line(outcome: Outcome) -> str:
     return f"{outcome.kind}: {' '.join(outcome.text.split())}"
 
 
-def load_faults(select: Callable[[str, str], bool]) -> Iterator[Result]:
-    """Each file of L1 to L16 under each reader."""
-    for case in files.CASES:
-        if not select(case.row, case.name):
-            continue
-        result = Result(case.row, case.name)
-        with built(case) as (path, folder):
-            for tool, reader in READERS.items():
-                outcome = isolated(
-                    functools.partial(attempt, reader, case, path, case.allow_extra, folder))
-                outcome.effect = outcome.effect or files.side_effect(folder)
-                files.marker(folder).unlink(missing_ok=True)
-                wrong = wrong_outcome(case, outcome)
-                result.harmless[tool] = not wrong
-                wrong = wrong or wrong_words(case, outcome, tool == "ours")
-                if not wrong and not twin_works(reader, twin_of(case)):
-                    wrong = "so far right, but the good twin is refused"
-                good = "loads" if outcome.what == "loaded" else f"refused: {first_line(outcome)}"
-                result.survived[tool] = not wrong
-                result.words[tool] = (wrong or good).replace(f"{folder}/", "")
-        yield result
-
-
-def harmful_files(select: Callable[[str, str], bool]) -> tuple[int, int]:
-    """(files whose code an unprotected reader runs, files that say so)."""
-    cases = [case for case in files.CASES if case.runs and select(case.row, case.name)]
-    ran = 0
-    for case in cases:
-        with built(case) as (path, folder):
+def load_fault(number: int) -> Result:
+    """Case `number` of files.CASES (L1 to L16) under each reader."""
+    case = files.CASES[number]
+    result = Result(case.row, case.name)
+    with built(case) as (path, folder):
+        for tool, reader in READERS.items():
+            outcome = isolated(
+                functools.partial(attempt, reader, case, path, case.allow_extra, folder))
+            outcome.effect = outcome.effect or files.side_effect(folder)
+            files.marker(folder).unlink(missing_ok=True)
+            wrong = wrong_outcome(case, outcome)
+            result.harmless[tool] = not wrong
+            wrong = wrong or wrong_words(case, outcome, tool == "ours")
+            if not wrong and not twin_works(reader, twin_of(case)):
+                wrong = "so far right, but the good twin is refused"
+            good = "loads" if outcome.what == "loaded" else f"refused: {first_line(outcome)}"
+            result.survived[tool] = not wrong
+            result.words[tool] = (wrong or good).replace(f"{folder}/", "")
+        if case.runs:
             outcome = isolated(
                 functools.partial(attempt, read_unprotected, case, path, (), folder), 10)
-            ran += bool(outcome.effect or files.side_effect(folder))
-    return ran, len(cases)
+            result.harms = bool(outcome.effect or files.side_effect(folder))
+    return result
 
 
 # =============================================================================
@@ -311,29 +312,27 @@ def _download(case: drive_faults.Case, tool: str, folder: Path) -> Outcome:
     return Outcome("done", *case.run(tool, folder))
 
 
-def download_faults(select: Callable[[str, str], bool]) -> Iterator[Result]:
-    """Each fault of D1 to D13 under `download_checkpoint`, and under gdown alone."""
-    for case in drive_faults.CASES:
-        if not select(case.row, case.name):
-            continue
-        result = Result(case.row, case.name)
-        for tool in drive_faults.TOOLS:
-            folder = Path(tempfile.mkdtemp(prefix="fault-"))
-            try:
-                outcome = isolated(functools.partial(_download, case, tool, folder))
-            finally:
-                shutil.rmtree(folder)
-            wrong = outcome.text if outcome.what == "done" else f"{outcome.what} ({outcome.text})"
-            result.survived[tool] = result.harmless[tool] = not wrong
-            result.words[tool] = (wrong or outcome.kind).replace(str(folder), "")
-        yield result
+def download_fault(number: int) -> Result:
+    """Case `number` of D1 to D13 under `download_checkpoint`, and under gdown alone."""
+    case = drive_faults.CASES[number]
+    result = Result(case.row, case.name)
+    for tool in drive_faults.TOOLS:
+        folder = Path(tempfile.mkdtemp(prefix="fault-", dir=FOLDER))
+        try:
+            outcome = isolated(functools.partial(_download, case, tool, folder))
+        finally:
+            shutil.rmtree(folder)
+        wrong = outcome.text if outcome.what == "done" else f"{outcome.what} ({outcome.text})"
+        result.survived[tool] = result.harmless[tool] = not wrong
+        result.words[tool] = (wrong or outcome.kind).replace(str(folder), "")
+    return result
 
 
 # =============================================================================
 # The table
 # =============================================================================
 
-SECTIONS = {"D": download_faults, "L": load_faults}  # later: "X", images
+SECTIONS = {"D": (drive_faults.CASES, download_fault), "L": (files.CASES, load_fault)}
 
 
 def table(results: Iterable[Result]) -> str:
@@ -370,6 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="*", default=[], help="such as D L6; default: all")
     parser.add_argument("--match", default="", help="only cases whose name matches this")
     parser.add_argument("--summary", action="store_true", help="print the totals alone")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="cases at a time")
     options = parser.parse_args(arguments)
 
     def select(row: str, name: str) -> bool:
@@ -379,22 +379,26 @@ def main(arguments: list[str] | None = None) -> int:
     if not Path("/proc/self/statm").exists():
         print("The limits on memory need Linux; nothing was run.")
         return 0
-    files.weights(), files.weights(1)  # built once, shared by all processes
+    files.weights(), files.weights(1), fresh_network()  # made once, shared by all processes
     lost = 0
-    for letter, section in SECTIONS.items():
-        start, results = time.perf_counter(), []
-        for result in section(select):
-            results.append(result)
-            if not options.summary:
-                show(result)
-        if not results:
+    for cases, fault in SECTIONS.values():
+        numbers = [i for i, case in enumerate(cases) if select(case.row, case.name)]
+        if not numbers:
             continue
+        start, results = time.perf_counter(), []
+        # forked, as each case's own process is: what was made above is not made again
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
+            for result in pool.map(fault, numbers):
+                results.append(result)
+                if not options.summary:
+                    show(result)
         lost += sum(not result.survived["ours"] for result in results)
         print(f"\n{table(results)}\n({time.perf_counter() - start:.0f} s)")
-        if letter == "L" and any(case.runs and select(case.row, case.name) for case in files.CASES):
-            ran, of = harmful_files(select)
-            print(f"A reader without protection runs the code of {ran} of {of} harmful files.")
-        print()
+        if harms := [result.harms for result in results if result.harms is not None]:
+            print(f"A reader without protection runs the code of {sum(harms)} of {len(harms)} "
+                  "harmful files.")
+        print(flush=True)
     return 1 if lost else 0
 
 

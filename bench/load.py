@@ -1,14 +1,15 @@
 """Seconds and memory to load a checkpoint of true size: ours, and the authors' README snippet.
 
-    python bench/load.py                     all four methods, about three minutes on two cores
+    python bench/load.py                     all four methods, two minutes on two cores
     python bench/load.py --methods BYOL      one of them
     python bench/load.py --alone             on a shared machine: a time counts only if nothing else
                                              used the processor meanwhile (Linux)
 
 The files hold random numbers in the names, shapes and dtypes of the published ones. Each time is
 the median of interleaved rounds in one warm process, from the call until every weight was read
-once. Memory is the peak of a fresh process beyond what it held after its imports; pages of a
-mapped file count.
+once; CPU is the processor time of all its threads meanwhile. A ratio is the median of the rounds'
+own ratios, so that what a neighbour slows down counts on both sides. Memory is the peak of a fresh
+process beyond what it held after its imports; pages of a mapped file count.
 """
 
 from __future__ import annotations
@@ -62,8 +63,10 @@ def full_size(method: str, key: str, small: torch.Tensor) -> torch.Tensor:
         return small
     if backbone is not None:
         return torch.randn(backbone.shape)
-    return torch.randn(next(shape for ends, shape in SHAPES[method].items()
-                            if re.search(rf"(^|\.){ends}$", key)))
+    for ends, shape in SHAPES[method].items():
+        if re.search(rf"(^|\.){ends}$", key):
+            return torch.randn(shape)
+    raise KeyError(f"no true shape is known for {key} of {method}")
 
 
 def momentum(method: str, tensors: dict[str, torch.Tensor]) -> list[dict]:
@@ -127,13 +130,14 @@ def read_every_weight(model: torch.nn.Module) -> float:
                if not name.startswith("fc."))
 
 
-def seconds(way: str, method: str, path: Path) -> float:
-    start = time.perf_counter()
+def seconds(way: str, method: str, path: Path) -> tuple[float, float]:
+    """(from call to answer, of processor time) to load a file once."""
+    start, worked = time.perf_counter(), time.process_time()
     read_every_weight(WAYS[way](method, path))
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - worked
 
 
-def seconds_alone(way: str, method: str, path: Path) -> float:
+def seconds_alone(way: str, method: str, path: Path) -> tuple[float, float]:
     """The same, again and again until other processes used under 15 % of the processor."""
     while True:
         time.sleep(0.2)
@@ -180,17 +184,20 @@ def measure(method: str, path: Path, rounds: int, timed: Callable) -> list[str]:
     ours(True)(method, path)  # writes the cache
     for way in WAYS:
         seconds(way, method, path)  # warms the page cache and the code
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    rounds_of = {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
-            times[way].append(timed(way, method, path))
-    memory = {way: megabytes(way, method, path) for way in WAYS}
-    base, rows = statistics.median(times["README snippet"]), []
-    for way, values in times.items():
-        median = statistics.median(values)
+            rounds_of[way].append(timed(way, method, path))
+    rows = []
+    for way in WAYS:
+        walls, works = zip(*rounds_of[way])
+        ratio = statistics.median(
+            base / wall for (base, _), wall in zip(rounds_of["README snippet"], walls))
         goal = f"≥ {GOALS[way]:g}" if way in GOALS else ""
-        rows.append(f"| {method} | {way} | {median * 1e3:.0f} | {min(values) * 1e3:.0f}–"
-                    f"{max(values) * 1e3:.0f} | {base / median:.2f} | {goal} | {memory[way]:.0f} |")
+        rows.append(
+            f"| {method} | {way} | {statistics.median(walls) * 1e3:.0f} | {min(walls) * 1e3:.0f}–"
+            f"{max(walls) * 1e3:.0f} | {statistics.median(works) * 1e3:.0f} | {ratio:.2f} | {goal} "
+            f"| {megabytes(way, method, path):.0f} |")
     return rows
 
 
@@ -206,10 +213,11 @@ def main() -> None:
         return
     print(f"{processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
           f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
-          f"median of {options.rounds}{', alone on the machine' * options.alone}\n")
+          f"median of {options.rounds}{', alone on the machine' * options.alone}, load "
+          f"{' '.join(f'{n:.1f}' for n in getattr(os, 'getloadavg', tuple)())}\n")
     timed = seconds_alone if options.alone else seconds
-    print("| file | way | ms | range | faster than the snippet | goal | peak MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print("| file | way | ms | range | CPU ms | faster than the snippet | goal | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for method in options.methods:
         with tempfile.TemporaryDirectory() as folder:
             path = write_file(method, Path(folder))

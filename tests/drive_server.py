@@ -60,7 +60,6 @@ FAULTS = {
     "stall": "the body stops in the middle, and the connection stays open",
     "stall_once": "the same, the first time only",
     "stall_headers": "the connection is accepted and nothing is ever sent",
-    "trickle": "the second half of the body comes one byte at a time",
     "flip": "one bit of the body is wrong; its size is right",
     "no_range": "ranges are ignored; the first body is cut",
     "wrong_range": "a range that begins one byte late; the first body is cut",
@@ -230,10 +229,4 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "stall" or (first and fault == "stall_once"):
             drive._closing.wait(PATIENCE)
             return
-        if fault == "trickle":
-            for at in range(half, half + int(PATIENCE / 0.02)):
-                self.wfile.write(body[at : at + 1])
-                if drive._closing.wait(0.02):
-                    return
-        else:
-            self.wfile.write(body[half:])
+        self.wfile.write(body[half:])

@@ -171,7 +171,7 @@ def test_D5_a_cut_file_of_unknown_length_is_fetched_again_by_itself(tmp_path):
 
 
 def test_D6_a_server_that_stalls_ends_in_an_error_that_keeps_the_partial(tmp_path):
-    with drive("stall"), pytest.raises(CheckpointError, match="silent.* for 0.3 s"):
+    with drive("stall"), pytest.raises(CheckpointError, match="silent for 0.3 s"):
         fetch(tmp_path, timeout=0.3)
     assert (tmp_path / f"{NAME}.part").read_bytes() == BODY[: len(BODY) // 2]
     with drive() as server:
@@ -179,9 +179,8 @@ def test_D6_a_server_that_stalls_ends_in_an_error_that_keeps_the_partial(tmp_pat
     assert server.requests[-1][1] == f"bytes={len(BODY) // 2}-"
 
 
-@pytest.mark.parametrize("fault", ["stall_headers", "trickle"])
-def test_D6_a_server_that_says_next_to_nothing_ends_in_an_error(tmp_path, fault):
-    with drive(fault), pytest.raises(CheckpointError, match="silent.* for 0.3 s"):
+def test_D6_a_server_that_never_answers_ends_in_an_error(tmp_path):
+    with drive("stall_headers"), pytest.raises(CheckpointError, match="silent for 0.3 s"):
         fetch(tmp_path, timeout=0.3)
     assert NAME not in names(tmp_path)
 
@@ -228,7 +227,7 @@ def test_D8_a_bad_file_in_the_folder_is_set_aside_and_fetched_again(tmp_path, wh
 
 def test_D8_another_good_file_is_set_aside_where_a_checksum_is_recorded(tmp_path):
     (tmp_path / NAME).write_bytes(BODY)
-    medssl._record_checksum(tmp_path, tmp_path / NAME)
+    medssl._record_checksum(tmp_path / NAME, SHA)
     (tmp_path / NAME).write_bytes(OTHER)
     with drive(), pytest.warns(UserWarning, match=f"expected {SHA}"):
         assert fetch(tmp_path) == BODY
@@ -246,25 +245,25 @@ def test_D9_an_answer_with_another_range_is_not_joined(tmp_path):
     assert server.requests[-1][1] == "bytes=0-"
 
 
-def test_D10_a_remote_file_that_changed_is_an_error_then_fetched_anew(tmp_path):
+def test_D10_a_remote_file_that_changed_is_never_joined_but_fetched_anew(tmp_path):
     with drive("changed"):
-        with pytest.raises(CheckpointError, match="changed while it was being fetched"):
-            fetch(tmp_path)
+        with pytest.raises(CheckpointError, match='changed on the way: .*"one".*"two"'):
+            fetch(tmp_path, retries=1)
         assert NAME not in names(tmp_path)
         assert fetch(tmp_path) == OTHER
 
 
 def test_D10_a_change_of_the_same_size_is_noticed(tmp_path):
     with DriveServer(BODY, "changed", other_body=BODY[::-1]) as server:
-        with pytest.raises(CheckpointError, match='ETag was "one", is "two"'):
-            fetch(tmp_path, url=server.url)
+        with pytest.raises(CheckpointError, match='changed on the way: .*"one".*"two"'):
+            fetch(tmp_path, url=server.url, retries=1)
     assert NAME not in names(tmp_path)
 
 
 def test_D10_a_change_between_two_calls_is_noticed(tmp_path):
     put_partial(tmp_path)
-    with drive(body=OTHER), pytest.raises(CheckpointError, match="changed while"):
-        fetch(tmp_path)
+    with drive(body=OTHER), pytest.raises(CheckpointError, match="changed on the way"):
+        fetch(tmp_path, retries=0)
     with drive(body=OTHER):
         assert fetch(tmp_path) == OTHER
 
@@ -333,7 +332,7 @@ def test_D13_a_write_that_fails_is_named_and_leaves_no_final_name(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(BODY) // 2, limits[1]))  # stands for a full disk
     try:
-        with drive(), pytest.raises(CheckpointError, match="part could not be written: .*large"):
+        with drive(), pytest.raises(CheckpointError, match="part: .*large"):
             fetch(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -456,22 +455,18 @@ def test_a_misspelt_method_is_named_with_the_nearest(tmp_path):
         download_checkpoint("swav", tmp_path)
 
 
-def test_a_checksum_is_recorded_once_and_a_different_one_is_refused(tmp_path):
+def test_a_checksum_is_recorded_once(tmp_path):
     (tmp_path / NAME).write_bytes(BODY)
-    assert medssl._known_checksum(tmp_path, NAME) is None
-    medssl._record_checksum(tmp_path, tmp_path / NAME)
-    medssl._record_checksum(tmp_path, tmp_path / NAME, SHA)
-    assert medssl._known_checksum(tmp_path, NAME) == {"sha256": SHA, "size": len(BODY)}
-    (tmp_path / NAME).write_bytes(OTHER)
-    with pytest.raises(CheckpointError, match=f"expected {SHA}"):
-        medssl._record_checksum(tmp_path, tmp_path / NAME)
-    assert medssl._known_checksum(tmp_path, NAME)["sha256"] == SHA
+    assert medssl._checksums(tmp_path) == {}
+    medssl._record_checksum(tmp_path / NAME, SHA)
+    medssl._record_checksum(tmp_path / NAME, "0" * 64)
+    assert medssl._checksums(tmp_path) == {NAME: {"sha256": SHA, "size": len(BODY)}}
 
 
 def test_recording_keeps_the_other_entries(tmp_path):
     for name in ("b.ckpt", "a.ckpt"):
         (tmp_path / name).write_bytes(name.encode())
-        medssl._record_checksum(tmp_path, tmp_path / name)
+        medssl._record_checksum(tmp_path / name, SHA)
     assert list(json.loads((tmp_path / "checksums.json").read_text())) == ["a.ckpt", "b.ckpt"]
 
 
@@ -486,7 +481,7 @@ def test_a_list_of_checksums_that_cannot_be_read_is_named(tmp_path, text):
 def test_a_checksum_that_cannot_be_recorded_is_a_warning(read_only_folder):
     (read_only_folder / NAME).write_bytes(BODY)
     with locked(read_only_folder), pytest.warns(UserWarning, match="could not be recorded"):
-        medssl._record_checksum(read_only_folder, read_only_folder / NAME)
+        medssl._record_checksum(read_only_folder / NAME, SHA)
 
 
 def test_a_download_writes_nothing_into_the_home_folder(tmp_path, monkeypatch):

@@ -19,9 +19,13 @@ BEGINNINGS = (b"PK\x03\x04", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.")  # tor
 def ask(method: str, have: int = 0, known: dict | None = None) -> tuple[int, dict, bytes]:
     """Ask Drive for the file from byte `have` on: (first byte sent, its origin, first bytes)."""
     url = medssl.CHECKPOINTS[method].url
-    with requests.Session() as session:
-        with medssl._open(session, url, have, known or {}, timeout=60) as response:
+    try:
+        with medssl._open(url, have, known or {}, timeout=60) as response:
             return *medssl._origin(response, url), response.raw.read1(512)
+    except requests.RequestException as error:
+        problem = error
+    pytest.fail(f"Google Drive could not be asked for the {method} file; this test needs the "
+                f"internet. {problem}", pytrace=False)
 
 
 @each_method
@@ -35,6 +39,6 @@ def test_the_address_leads_to_a_file_of_pytorchs(method):
 @each_method
 def test_a_broken_download_can_be_taken_up_again(method):
     _, origin, _ = ask(method)
-    assert any(origin[name] for name in medssl._VALIDATORS), origin
+    assert origin["validator"], origin
     start, same, _ = ask(method, 1000, origin)
     assert start == 1000 and same == origin

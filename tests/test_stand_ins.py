@@ -17,6 +17,7 @@ VARIANTS = {  # layout file -> method and variant of the stand-in
 }
 DTYPES = {"f32": torch.float32, "i64": torch.int64}
 
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def pair(request, tmp_path_factory) -> tuple[Path, str, dict]:
     """A stand-in, its method, and the recorded layout that it stands for."""
@@ -128,6 +129,11 @@ def test_the_readme_snippet_reports_what_the_readme_says(method, stand_ins):
     missing, unexpected = readme_snippet(path, method)
     assert missing == ["fc.weight", "fc.bias"]
     assert len(unexpected) == medssl.CHECKPOINTS[method].snippet_unexpected[0]
+
+
+def test_a_stand_in_is_the_same_file_each_time(stand_ins, tmp_path):
+    again = medssl.write_demo_checkpoint("SparK", tmp_path)
+    assert again.read_bytes() == (stand_ins / "stand-in" / again.name).read_bytes()
 
 
 def test_moco_without_a_head_loads(tmp_path):
