@@ -3939,9 +3939,10 @@ def run_study(
 # Figures
 # =============================================================================
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness.
+# Okabe and Ito's palette, told apart with every common kind of colour blindness. A lighter grey
+# would look like MoCo's green to the green-blind.
 METHOD_COLORS = {
-    "random": "#888888", "ImageNet": "#000000", "BYOL": "#0072B2", "SwAV": "#E69F00",
+    "random": "#606060", "ImageNet": "#000000", "BYOL": "#0072B2", "SwAV": "#E69F00",
     "MoCo": "#009E73", "SparK": "#D55E00",
 }
 
@@ -3949,9 +3950,9 @@ METHOD_COLORS = {
 def with_alt(figure: Figure, alt: str) -> Figure:
     """Return a closed figure that carries words for a reader who cannot see it.
 
-    Where it is displayed they become the PNG's `alt` metadata, which HTML exports hand on to
-    screen readers, and the plain-text output. JupyterLab 4.6 shows an image without any alt text:
-    what a figure says must also stand in a sentence beside it.
+    Where it is displayed they become the PNG's `alt` metadata, which nbconvert's classic template
+    turns into alt text, and the plain-text output. JupyterLab 4.6 and the other templates leave
+    images without: what a figure says must also stand in a sentence beside it.
     """
     plt.close(figure)
     figure._repr_mimebundle_ = lambda **_: ({"text/plain": alt}, {"image/png": {"alt": alt}})
