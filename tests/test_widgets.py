@@ -195,7 +195,7 @@ def test_monitor_of_a_study_that_has_not_begun_is_empty(tmp_path):
 
 def test_a_widget_moved_in_a_kernel_fills_its_output(study):
     """As in JupyterLab: a kernel, messages, and the output area of the widget."""
-    from nbclient import NotebookClient
+    from nbconvert.preprocessors import ExecutePreprocessor
 
     cells = [c for c in read_cells("04_run_study") if any(
         part in c for part in ("import medssl_utils", "def epochs_so_far(", "def watch(",
@@ -205,9 +205,8 @@ def test_a_widget_moved_in_a_kernel_fills_its_output(study):
     moved = "monitor.children[0].value = 'trains'"
     notebook = nbformat.v4.new_notebook(cells=[
         nbformat.v4.new_code_cell(source) for source in (settings, *cells, moved)])
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3",
-                            resources={"metadata": {"path": str(ROOT / "notebooks")}})
-    client.execute()
+    client = ExecutePreprocessor(timeout=120, kernel_name="python3")
+    client.preprocess(notebook, {"metadata": {"path": str(ROOT / "notebooks")}})
     outputs = [state["outputs"] for state in client.widget_state.values() if "outputs" in state]
     text = json.dumps(outputs)
     assert "train_loss" in text and "2 of them done" not in text
