@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,13 @@ def run_cells(stem: str, *parts: str, **names: Any) -> dict[str, Any]:
         names: parameters, or whatever else the cells find.
     """
     shown: list[Any] = []
-    scope = {"display": shown.append, "displayed": shown, **names}
+
+    def display(thing: Any) -> None:
+        shown.append(thing)
+        if isinstance(thing, ipywidgets.interactive) and thing.result is None:
+            thing.update()  # as ipywidgets 7 does on display, 8 before
+
+    scope = {**names, "display": display, "displayed": shown}
     cells = read_cells(stem)
     if not parts:
         exec(cells[0], scope)
