@@ -80,7 +80,7 @@ __all__ = [
     # Study
     "plan_study", "run_study",
     # Figures
-    "plot_images", "plot_history", "plot_confusion", "plot_label_fractions",
+    "with_alt", "plot_images", "plot_history", "plot_confusion", "plot_label_fractions",
     # Demo
     "write_demo_checkpoint", "demo_data",
 ]
@@ -3693,11 +3693,24 @@ def run_study(
 # Figures
 # =============================================================================
 
-# Okabe and Ito's palette, told apart with every common kind of colour blindness.
+# Okabe and Ito's palette, told apart with every common kind of colour blindness. A lighter grey
+# would look like MoCo's green to the green-blind.
 METHOD_COLORS = {
-    "random": "#888888", "ImageNet": "#000000", "BYOL": "#0072B2", "SwAV": "#E69F00",
+    "random": "#606060", "ImageNet": "#000000", "BYOL": "#0072B2", "SwAV": "#E69F00",
     "MoCo": "#009E73", "SparK": "#D55E00",
 }
+
+
+def with_alt(figure: Figure, alt: str) -> Figure:
+    """Return a closed figure that carries words for a reader who cannot see it.
+
+    Where it is displayed they become the PNG's `alt` metadata, which nbconvert's classic template
+    turns into alt text, and the plain-text output. JupyterLab 4.6 and the other templates leave
+    images without: what a figure says must also stand in a sentence beside it.
+    """
+    plt.close(figure)
+    figure._repr_mimebundle_ = lambda **_: ({"text/plain": alt}, {"image/png": {"alt": alt}})
+    return figure
 
 
 def plot_images(
@@ -3713,8 +3726,8 @@ def plot_images(
         axis.imshow(np.asarray(image).astype(np.uint8), cmap="gray", vmin=0, vmax=255)
         axis.set_title(text, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    plt.close(figure)
-    return figure
+    texts = "; ".join(" ".join(text.split()) for text in titles)
+    return with_alt(figure, f"{len(images)} images. {title}: {texts}.")
 
 
 def plot_history(run: Run) -> Figure:
@@ -3745,8 +3758,11 @@ def _draw_history(rows: pd.DataFrame, title: str, chosen: int | None = None) -> 
         axis.legend(fontsize=8)
     right.set_ylim(0, 1.02)
     figure.suptitle(title, fontsize=10)
-    plt.close(figure)
-    return figure
+    ends = {name: rows[name].astype(float).iloc[[0, -1]] for name in (
+        "train_loss", "val_loss", "val_AUC", "val_ACC") if name in rows}
+    said = ", ".join(f"{name} from {a:.3g} to {b:.3g}" for name, (a, b) in ends.items())
+    return with_alt(figure, f"Curves of {title} over {len(rows)} values of {x}: {said}"
+                    + ("." if chosen is None else f"; chosen: {x} {rows[x][chosen]:g}."))
 
 
 def plot_confusion(run: Run) -> Figure:
@@ -3761,8 +3777,10 @@ def plot_confusion(run: Run) -> Figure:
         display_labels=names, cmap="Blues", colorbar=False, ax=axis, xticks_rotation="vertical")
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_title(_titled(f"{len(labels)} test images", run.stamp), fontsize=10)
-    plt.close(figure)
-    return figure
+    pairs = Counter(zip(labels.tolist(), run.predictions["scores"].argmax(1).tolist()))
+    said = ", ".join(f"{count} {names[true]} called {names[called]}"
+                     for (true, called), count in sorted(pairs.items()))
+    return with_alt(figure, f"Confusion matrix of {len(labels)} test images: {said}.")
 
 
 def plot_label_fractions(table: pd.DataFrame) -> Figure:
@@ -3792,8 +3810,10 @@ def plot_label_fractions(table: pd.DataFrame) -> Figure:
     axis.set_title(_titled(
         f"{table['dataset'].iloc[0]}: mean of {seeds} seeds, dashes are seeds, {n_test} {unit}\n"
         f"{facts['level']:.0%} interval for a {facts['estimand']}", facts["stamp"]), fontsize=9)
-    plt.close(figure)
-    return figure
+    said = [f"{row.method} {row.mean:.3f} with {row.label_fraction:g} of the labels"
+            for row in table.itertuples()]
+    title = " ".join(axis.get_title().split())
+    return with_alt(figure, f"{title}. Mean test {facts['metric']}: {', '.join(said)}.")
 
 
 def _titled(text: str, stamp: str) -> str:

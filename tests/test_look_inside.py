@@ -1,0 +1,218 @@
+"""Notebook 06: what it says of a checkpoint that knows something, and of its own pictures."""
+
+import base64
+import copy
+import io
+import re
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from IPython.core.formatters import DisplayFormatter
+from notebook_cells import ROOT, read_cells, run_cells
+from PIL import Image
+from torch import nn
+
+import medssl_utils as medssl
+
+STEM = "06_look_inside"
+NOTEBOOK = nbformat.read(ROOT / "notebooks" / f"{STEM}.ipynb", as_version=4)
+
+
+# --- what pre-training already knew ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["nearest neighbours", "linear"])
+def test_a_planted_checkpoint_knows_more_than_random_and_a_stand_in_does_not(looked_inside, reader):
+    known = looked_inside["known"].set_index(["reader", "network"])["beyond"]
+    assert known[reader, "file"]
+    assert not known[reader, "SparK"]
+
+
+def test_the_words_agree_with_the_numbers(looked_inside, capsys):
+    run_cells(STEM, "for name in names:\n    by =", **looked_inside)
+    said = capsys.readouterr().out.splitlines()
+    assert "SparK: not shown to know more than a random network." in said
+    assert "file: knows more than a random network, read by nearest neighbours and linear." in said
+
+
+def test_random_networks_are_rarely_said_to_know_more_than_random(looked_inside):
+    known = looked_inside["known"]
+    assert not known.loc[known["network"].str.startswith("random"), "beyond"].any()
+
+
+def test_linear_reader_is_the_linear_recipe(looked_inside, few_phantoms, tmp_path):
+    config = medssl.FineTuneConfig.named("linear", image_size=32, normalise="dataset",
+                                         select_by="loss")
+    run = medssl.fine_tune(*medssl.load_backbone("random", seed=3), few_phantoms, config, seed=3,
+                           label_fraction=0.15, runs_dir=tmp_path, device="cpu", progress="none",
+                           keep_best=False)
+    assert np.abs(looked_inside["regress"](looked_inside["features"]["random 0"])
+                  - run.predictions["scores"]).max() < 1e-3
+
+
+def test_nearest_image_of_a_copy_is_the_original(looked_inside):
+    train = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float32)
+    nearest = looked_inside["find_nearest"]({"train": train, "test": train[5:8]}, count=3)
+    assert nearest.shape == (3, 3) and nearest[:, 0].tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize("projection, kept", [("PCA", "of variance"), ("t-SNE", "")])
+def test_map_has_a_point_for_each_image(looked_inside, projection, kept):
+    scope = run_cells(STEM, "def flatten(", **{**looked_inside, "projection": projection})
+    xy, words = scope["flatten"](looked_inside["features"]["random 0"], points=40)
+    assert xy.shape == (120, 2) and np.isfinite(xy).all()
+    assert kept in words
+
+
+# --- what the fine-tuned network looks at ---------------------------------------------------------
+
+
+class Corner(nn.Module):
+    """Calls an image class 1 the more, the brighter it is; its only layer halves the resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 2, stride=2, bias=False)
+        nn.init.constant_(self.layer.weight, 1 / 12)
+        self.fc = nn.Linear(1, 2, bias=False)
+        self.fc.weight.data = torch.tensor([[-1.0], [1.0]])
+
+    def forward(self, x):
+        return self.fc(self.layer(x).mean((2, 3)))
+
+
+def test_map_lights_up_what_speaks_for_the_class_and_nothing_else(looked_inside):
+    image = np.zeros((1, 16, 16), np.uint8)
+    image[0, 2:4, 12:16] = 200
+    prep = medssl.Preprocessing((0.0,) * 3, (1.0,) * 3, 16)
+    for target, lit in ((1, 2), (0, 0)):
+        cam = looked_inside["grad_cam"](Corner(), prep, image, "layer", [target])
+        assert cam.shape == (1, 8, 8) and np.count_nonzero(cam) == lit
+    cam = looked_inside["grad_cam"](Corner(), prep, image, "layer", [1])[0]
+    assert np.argwhere(cam).tolist() == [[1, 6], [1, 7]]
+
+
+def test_maps_change_when_the_weights_are_random(looked_inside):
+    assert looked_inside["alike"]["intact"].tolist() == [1.0] * len(looked_inside["some"])
+    assert looked_inside["last"] < 0.5
+    assert looked_inside["passed"]
+
+
+def test_an_explanation_that_only_draws_the_image_is_found_out(looked_inside, capsys):
+    def draw_image(net, prep, images, layer, targets):
+        return images[:, ::4, ::4].astype(float)
+
+    run_cells(STEM, "asked = data.test", "stages =", "floor =", "last, flat",
+              **{**looked_inside, "grad_cam": draw_image})
+    assert "CAREFUL" in capsys.readouterr().out
+
+
+def test_likeness_of_a_flat_map_is_undefined_and_never_a_number(looked_inside):
+    maps = np.random.default_rng(0).random((2, 4, 4))
+    alike = looked_inside["liken"](maps, np.stack([maps[0], np.zeros((4, 4))]))
+    assert alike[0] == pytest.approx(1) and np.isnan(alike[1])
+
+
+def test_layers_that_moved_are_measured(looked_inside):
+    net = copy.deepcopy(looked_inside["networks"]["SparK"][0])
+    for name, weight in net.layer3[2].named_parameters():
+        if "conv" in name:
+            weight.data *= 1.1
+    scope = run_cells(STEM, "start, moved =", "moved = moved.groupby", **{
+        **looked_inside, "net": net, "name": "SparK"})
+    moved = scope["moved"]
+    assert moved.loc["layer3.2", "convolutions"] == pytest.approx(0.1, abs=1e-4)
+    assert moved.drop("layer3.2").to_numpy().max() == 0
+
+
+def test_a_finished_run_is_looked_into_again(looked_inside):
+    folder = looked_inside["runs"]["SparK"].folder
+    scope = run_cells(STEM, "for run in map(medssl.load_run", **{
+        **looked_inside, "runs": {}, "run_dirs": [str(folder)]})
+    assert list(scope["runs"]) == ["SparK"] and scope["runs"]["SparK"].folder == folder
+
+
+def test_a_run_from_other_weights_is_refused(looked_inside):
+    others = {k: v for k, v in looked_inside["networks"].items() if k != "SparK"}
+    with pytest.raises(ValueError, match="other starting weights"):
+        run_cells(STEM, "for run in map(medssl.load_run", **{
+            **looked_inside, "runs": {}, "networks": others,
+            "run_dirs": [str(looked_inside["runs"]["SparK"].folder)]})
+
+
+@pytest.mark.parametrize("name, value, message", [
+    ("random_networks", 1, "random_networks is 1"),
+    ("explain", [], "explain"),
+    ("explain", ["Spark"], "Did you mean 'SparK'"),
+])
+def test_a_parameter_that_cannot_work_is_named(looked_inside, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        run_cells(STEM, "if random_networks < 2", "for name in (explain or", **{
+            **looked_inside, "checkpoint": "", name: value})
+
+
+# --- figures for everyone -------------------------------------------------------------------------
+
+
+def test_a_figure_is_displayed_with_its_words():
+    figure = medssl.with_alt(plt.figure(figsize=(1, 1)), "a small empty figure")
+    data, metadata = DisplayFormatter(active_types=["text/plain", "image/png"]).format(figure)
+    assert metadata["image/png"]["alt"] == data["text/plain"] == "a small empty figure"
+    assert not plt.fignum_exists(figure.number)
+
+
+def pictures(notebook):
+    """(index of the cell, output) of every picture in a notebook."""
+    return [(i, o) for i, cell in enumerate(notebook.cells) for o in cell.get("outputs", [])
+            if "image/png" in o.get("data", {})]
+
+
+def test_every_picture_has_alt_text_in_the_classic_html_export():
+    from nbconvert import HTMLExporter
+
+    page, _ = HTMLExporter(template_name="classic").from_notebook_node(NOTEBOOK)
+    alts = re.findall(r'<img[^>]* alt="([^"]*)"|<img alt="([^"]*)"', page)
+    alts = [one or other for one, other in alts]
+    assert len(alts) == len(pictures(NOTEBOOK)) >= 6
+    assert [alt for alt in alts if "No description" in alt or len(alt) < 30] == []
+
+
+def test_every_picture_brings_its_own_background_for_a_dark_theme():
+    for _, output in pictures(NOTEBOOK):
+        image = Image.open(io.BytesIO(base64.b64decode(output["data"]["image/png"])))
+        assert image.convert("RGBA").getpixel((1, 1)) == (255, 255, 255, 255)
+
+
+def test_every_picture_is_followed_by_what_it_cannot_prove():
+    for i, _ in pictures(NOTEBOOK):
+        following = [c.source for c in NOTEBOOK.cells[i + 1:] if c.cell_type == "markdown"]
+        before_next_heading = following[:1 + next(
+            k for k, text in enumerate(following) if re.search("^## ", text, re.MULTILINE))]
+        assert any("What this cannot prove." in text.split("## ")[0]
+                   for text in before_next_heading), NOTEBOOK.cells[i].source[:60]
+
+
+def test_stand_ins_are_called_random_numbers_in_the_findings():
+    last = NOTEBOOK.cells[-1]
+    assert "stand-ins are random numbers" in "".join(o.text for o in last.outputs)
+
+
+
+
+# Viénot, Brettel and Mollon 1999: what red-green blindness leaves of linear RGB.
+BLINDNESS = {
+    "protanopia": [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+    "deuteranopia": [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+}
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_colours_of_methods_differ_for_the_colour_blind(kind):
+    colors = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+                       for c in (*medssl.METHOD_COLORS.values(), "#CC79A7")]) ** 2.2
+    seen = np.clip(colors @ np.transpose(BLINDNESS[kind]), 0, 1) ** (1 / 2.2)
+    distance = np.linalg.norm(seen[:, None] - seen[None], axis=-1)
+    assert distance[~np.eye(len(seen), dtype=bool)].min() > 0.14
