@@ -2211,12 +2211,13 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFr
     """Fill in `patient`: by CSV, else the option's rule, else PatientID, else a file of several."""
     patient, tagged, notes = files["patient"], files["patient_id"], []
     if options.patient:
-        patient = patient.where(patient != "", files["path"].str.extract(options.patient)[0])
-    elif (tagged != "").sum() > 1 and tagged[tagged != ""].nunique() == 1:
+        found = files["path"].str.extract(options.patient)[0].fillna("")
+        patient = patient.where(patient != "", found)
+    if (tagged != "").sum() > 1 and tagged[tagged != ""].nunique() == 1:
         notes.append("All DICOM files carry the same PatientID; it is taken for none.")
-    else:
-        patient = patient.where(patient != "", tagged)
-    patient = patient.fillna("").where((patient != "") | (files["count"] < 2), files["path"])
+        tagged = ""
+    patient = patient.where(patient != "", tagged)
+    patient = patient.where((patient != "") | (files["count"] < 2), files["path"])
     if unknown := int((patient == "").sum()):
         notes.append(f"The patient is not known for {unknown} of {len(files)} files.")
     return files.assign(patient=patient), notes
@@ -2227,11 +2228,12 @@ def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
     def counted(column: str) -> str:
         return ", ".join(f"{name} {n}" for name, n in files[column].value_counts().items())
 
+    rule = f"by the window {options.window!r}" if options.window else "each over its own range"
     suffix = files["path"].str.lower().str.extract(r"\.(\w+)$")[0].replace("jpg", "jpeg")
     misnamed = files["kind"].isin(("PNG", "JPEG", "BMP")) & (suffix != files["kind"].str.lower())
     found = {
         f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
-        f"have more than 8 bits, scaled by {options.window or 'own range'}": files["deep"],
+        f"have more than 8 bits, scaled {rule}": files["deep"],
         "were turned upright by their EXIF mark": files["turned"],
         "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32,
         **{f"{kind} files are named .{end}": misnamed & (files["kind"] == kind) & (suffix == end)

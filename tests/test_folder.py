@@ -342,7 +342,7 @@ def test_x1_16_bits_are_scaled_over_their_own_range_and_noted(folder, read, end)
     Image.fromarray(DEEP).save(folder / f"a.{end}")
     found = read()
     assert np.array_equal(found.images[0], stretched(DEEP))
-    assert "1 files have more than 8 bits, scaled by own range." in found.notes
+    assert "1 files have more than 8 bits, scaled each over its own range." in found.notes
 
 
 def test_x1_a_window_in_own_units_is_applied(folder, read):
