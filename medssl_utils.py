@@ -2377,8 +2377,10 @@ def _resized(picture: np.ndarray, size: int, dtype: str, colour: bool) -> np.nda
 
 
 def _check_size(width: int, height: int, count: int = 1) -> None:
-    """Refuse a bomb before memory is spent on it."""
+    """Refuse a bomb before memory is spent on it, and what has no pixel at all."""
     pixels = width * height
+    if min(width, height, count) < 1:
+        raise ValueError(f"{count} pictures of {width} x {height} pixels")
     if pixels > MAX_PIXELS or pixels * count > MAX_FILE_PIXELS or count > MAX_PICTURES:
         raise ValueError(f"{count:,} pictures of {width:,} x {height:,} pixels; the limit is "
                          f"{MAX_PIXELS:,} pixels a picture, {MAX_FILE_PIXELS:,} pixels and "

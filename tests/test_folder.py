@@ -7,11 +7,12 @@ import shutil
 import zlib
 from pathlib import Path
 
+import fuzz_data
 import nibabel
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian
 
@@ -784,6 +785,26 @@ def test_nifti_that_is_no_volume_is_refused(folder, read, shape):
         read()
 
 
+# Damage of every kind --------------------------------------------------------
+
+
+def test_a_seeded_hundred_of_damaged_files_are_read_or_refused_by_name(tmp_path):
+    outcomes, failures, _ = fuzz_data.fuzz(100, seed=11, folder=tmp_path, apart=False)
+    assert failures == []
+    assert sum(outcomes.values()) == 100 and outcomes["refused"] > 20
+    assert outcomes["read, same pixels"] > 5
+
+
+@pytest.mark.parametrize("frames", [0, -5])
+def test_a_number_of_frames_that_lies_low_shifts_no_other_picture(folder, read, frames):
+    Image.fromarray(RAMP).save(folder / "a.png")
+    write_dicom(folder / "b.dcm", RAMP, NumberOfFrames=frames)
+    Image.fromarray(255 - RAMP).save(folder / "c.png")
+    found = read(on_error="skip", slices="all")
+    assert np.array_equal(found.images[0], RAMP) and np.array_equal(found.images[-1], 255 - RAMP)
+    assert len(found.images) == len(found.table)
+
+
 # Real images -----------------------------------------------------------------
 
 
@@ -798,6 +819,3 @@ def test_real_covid_ct_as_a_plain_folder_of_classes(folder, tmp_path):
     assert "746 files: PNG 510, JPEG 236; pixels: RGB 528, RGBA 174, L 44." in data.notes
     assert "34 JPEG files are named .png." in data.notes
     assert m.check_splits(data).tables["classes"].to_numpy().min() >= 50
-
-
-TiffImagePlugin.WRITE_LIBTIFF = False  # the tests need no compression
