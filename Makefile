@@ -71,11 +71,12 @@ test-network: $(READY)  ## check the addresses of the published checkpoints
 	$(PY) -m pytest -m network
 
 bench: $(READY)  ## run the benchmarks
-	@set -e; for script in $(filter-out bench/faults.py,$(wildcard bench/*.py)); do \
+	@set -e; for script in $(filter-out bench/faults%.py,$(wildcard bench/*.py)); do \
 	    echo "== $$script"; $(PY) "$$script"; done
 
 faults: $(READY)  ## print what happens at each fault: downloads, files, data
 	$(PY) bench/faults.py
+	$(PY) bench/faults_data.py
 
 badges: $(READY)  ## write the Colab and Binder badges, from the address in pyproject.toml
 	$(PY) .ci/badges.py

@@ -2478,9 +2478,9 @@ def _open_dicom(path: Path, options: ReadOptions) -> _Opened:
             return raw
         values = apply_modality_lut(raw, header)
         if raw.dtype != np.uint8 or header.BitsStored != 8 or not np.array_equal(raw, values):
-            padding = raw == header.get("PixelPaddingValue")
-            if np.any(padding) and not np.all(padding):              # no part of the picture
-                values = np.where(padding, values[~padding].min(), values)
+            outside = header.get("PixelPaddingValue")                # no part of the picture
+            if outside is not None and 0 < np.sum(raw == outside) < raw.size:
+                values = np.where(raw == outside, values[raw != outside].min(), values)
             values = _scaled(values, options, header.get("Modality") == "CT"
                              and "RescaleIntercept" in header)
         return 255 - values if photometric == "MONOCHROME1" else values

@@ -244,7 +244,8 @@ _RIGHT: dict[str, np.ndarray] = {}
 def right_pictures() -> dict[str, np.ndarray]:
     """The picture of each good file, read in the same way, in colour where it is."""
     if not _RIGHT:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             for name, data in good_files().items():
                 path = Path(folder, name)
                 path.write_bytes(data)

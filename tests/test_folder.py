@@ -7,6 +7,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import faults_data
 import fuzz_data
 import nibabel
 import numpy as np
@@ -793,6 +794,12 @@ def test_a_seeded_hundred_of_damaged_files_are_read_or_refused_by_name(tmp_path)
     assert failures == []
     assert sum(outcomes.values()) == 100 and outcomes["refused"] > 20
     assert outcomes["read, same pixels"] > 5
+
+
+@pytest.mark.parametrize("case", faults_data.CASES, ids=lambda case: f"{case.row} {case.name}")
+def test_make_faults_finds_ours_to_survive(case):
+    result = faults_data.run(case, tools=["ours"])
+    assert result.survived["ours"], result.words
 
 
 @pytest.mark.parametrize("frames", [0, -5])
