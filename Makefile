@@ -89,11 +89,12 @@ test-colab: $(READY)  ## run every notebook with Colab's package versions, in .v
 	$(PY) .ci/colab.py .venv-colab/bin/python
 
 bench: $(READY)  ## run the benchmarks
-	@set -e; for script in $(filter-out bench/faults.py,$(wildcard bench/*.py)); do \
+	@set -e; for script in $(filter-out bench/faults%.py,$(wildcard bench/*.py)); do \
 	    echo "== $$script"; $(PY) "$$script"; done
 
 faults: $(READY)  ## print what happens at each fault: downloads, files, data
 	$(PY) bench/faults.py
+	$(PY) bench/faults_data.py
 
 badges: $(READY)  ## write the Colab and Binder badges, from the address in pyproject.toml
 	$(PY) .ci/badges.py

@@ -58,7 +58,7 @@ import urllib3
 from filelock import FileLock, Timeout
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -68,7 +68,8 @@ __all__ = [
     "CHECKPOINTS", "METHODS", "CONTROLS", "CheckpointError", "KeyReport",
     "download_checkpoint", "load_state_dict", "load_backbone", "export_backbone",
     # Data
-    "DATASETS", "Split", "DataSplits", "load_data", "label_subset", "check_splits",
+    "DATASETS", "Split", "DataSplits", "load_data", "ReadOptions", "Folder", "read_folder",
+    "label_subset", "check_splits",
     # Training
     "FineTuneConfig", "Preprocessing", "Run", "TrainingError", "fine_tune", "load_run",
     "train_one_epoch", "evaluate", "predict", "add_head", "preprocessing_for",
@@ -1295,7 +1296,7 @@ DATASETS: dict[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set, in memory.
+    """One part of a data set, in memory or mapped from disk.
 
     Attributes:
         images: (N, H, W) grey or (N, H, W, 3) RGB; uint8 0..255, or float32 in the same range.
@@ -1389,24 +1390,29 @@ class DataSplits:
 def load_data(
     dataset: str | Path = "phantom", *, image_size: int = 224, data_dir: str | Path = "data",
     seed: int = 0, download: bool = True, dtype: str = "uint8", split: str = "official",
-    unofficial: bool = False,
+    unofficial: bool = False, options: ReadOptions | None = None,
 ) -> DataSplits:
-    """Load a data set by name into memory.
+    """Load a data set by name, or a folder of your own images by its path.
 
     Images that share one size keep it ("organsmnist" stays at 28 x 28 and is enlarged by the
     training code; "organsmnist_224" is another file, natively 224 x 224). Images of many sizes
-    (COVID-CT) are area-resized here to `image_size`, the rule of the authors' MONAI `Resize`.
+    (COVID-CT, folders) are area-resized here to `image_size`, the rule of the authors' MONAI
+    `Resize`. A folder that has no test or validation part gets it from its training images:
+    stratified, patients whole, by `seed`; the split is written into `data_dir`, see `notes`.
 
     Args:
-        dataset: a name in DATASETS, or the path of a folder in COVID-CT's published layout.
+        dataset: a name in DATASETS, the path of a folder or CSV file as `read_folder` takes it, or
+            of a folder in COVID-CT's published layout.
         image_size: side in pixels of the phantoms, and of images that come in many sizes.
-        data_dir: where MedMNIST's `<name>.npz` and the folder `covid_ct` are, or are put.
-        seed: of the phantoms, and of a grouped split.
+        data_dir: where MedMNIST's `<name>.npz` and the folder `covid_ct` are, or are put, and the
+            decoded images of folders.
+        seed: of the phantoms, and of a split that is drawn here.
         download: fetch a missing MedMNIST file from its publisher.
         dtype: "uint8", or "float32": resized images stay unrounded (the paper recipe), 0..255.
         split: "official", or "grouped": train, val and test are drawn anew so that no patient
             or article is in two of them.
         unofficial: accept a MedMNIST file whose MD5 isn't the official one; noted in the result.
+        options: how the files of a folder are read.
 
     Raises:
         ValueError: unknown name or option; a file that isn't what it should be.
@@ -1423,8 +1429,8 @@ def load_data(
         data = _load_covid_ct(Path(data_dir) / "covid_ct", image_size, dtype)
     elif name in DATASETS:
         data = _load_medmnist(name, Path(data_dir), download, unofficial)
-    elif Path(name).is_dir() or "/" in name or os.sep in name:
-        data = _load_folder(Path(name), image_size, dtype)
+    elif Path(name).exists() or "/" in name or os.sep in name:
+        data = _load_folder(Path(name), image_size, dtype, options, Path(data_dir), seed)
     else:
         named = [known for known in DATASETS if not known[-1].isdigit()]
         try:
@@ -1433,17 +1439,6 @@ def load_data(
             raise ValueError(f"{error} A MedMNIST name may end in _64, _128 or _224; a folder is "
                              f"given by its path.") from None
     return data if split == "official" else _regroup(data, seed)
-
-
-def _load_folder(folder: Path, image_size: int, dtype: str) -> DataSplits:
-    """Load a folder by its layout."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}. Check the path of the data set.")
-    if (folder / "Data-split").is_dir():
-        return _load_covid_ct(folder, image_size, dtype)
-    raise ValueError(
-        f"The layout of {folder} is not known: expected COVID-CT's published one (Data-split/, "
-        f"CT_COVID/, CT_NonCOVID/), found {sorted(p.name for p in folder.iterdir())[:5]}.")
 
 
 # MedMNIST --------------------------------------------------------------------
@@ -1657,36 +1652,684 @@ def _area_resize(image: np.ndarray, size: int, dtype: str) -> np.ndarray:
     return (pixels.round().byte() if dtype == "uint8" else pixels).numpy()
 
 
+# Folders of images -----------------------------------------------------------
+
+# Centre and width in Hounsfield units, as radiologists commonly set them.
+WINDOWS = {"lung": (-600, 1500), "soft tissue": (50, 400), "bone": (400, 1800), "brain": (40, 80)}
+PLANES = ("sagittal", "coronal", "axial")     # across the patient's axes: right, front, top
+SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
+                 "validation": "val", "test": "test", "testing": "test"}
+IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")    # of Pillow: no format that runs a program
+FILE_KINDS = {**dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), "image"),
+              ".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI"}
+GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+MAX_PIXELS, MAX_FILE_PIXELS, MAX_PICTURES = 50_000_000, 500_000_000, 10_000   # the last: a file
+DICOM_TAGS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel",
+              "PixelRepresentation", "PhotometricInterpretation")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the files of a folder become pictures.
+
+    Pictures of 8 bits a channel stay as they are. Deeper grey values (16-bit PNG and TIFF, DICOM
+    after its rescale slope and intercept, NIfTI) are scaled to 0..255 linearly: over `window`, or
+    by default over each picture's own range, as the checkpoints' pre-training slices were.
+
+    Attributes:
+        on_error: "stop" with a list of all files that can't be read, or "skip" them.
+        window: "", a name in WINDOWS (Hounsfield units), or "centre, width" in the file's own
+            units. What lies outside becomes black or white.
+        slices: which pictures of a file that holds several (NIfTI volume, multi-frame DICOM,
+            TIFF with pages): "middle", "all", or how many, evenly spaced.
+        plane: one of PLANES, in which NIfTI volumes are cut.
+        patient: regular expression; its first group, searched in the path, is the patient's id.
+            Without it DICOM's PatientID is, or the column of a CSV file.
+    """
+
+    on_error: str = "stop"
+    window: str = ""
+    slices: str = "middle"
+    plane: str = "axial"
+    patient: str = ""
+
+    def __post_init__(self) -> None:
+        _choose(self.on_error, ("stop", "skip"), "on_error")
+        _choose(self.plane, PLANES, "plane")
+        if not re.fullmatch(r"middle|all|[1-9]\d*", self.slices):
+            raise ValueError(f"slices is {self.slices!r}; it must be 'middle', 'all' or a number "
+                             f"above 0, as text.")
+        if self.patient and re.compile(self.patient).groups != 1:
+            raise ValueError(f"patient is {self.patient!r}; it must have one group in brackets, "
+                             f"such as 'patient(\\d+)'.")
+        two = re.fullmatch(r"\s*-?\d+(\.\d+)?\s*,\s*\d+(\.\d+)?\s*", self.window)
+        if not (two and self.limits[0] < self.limits[1] or self.window in ("", *WINDOWS)):
+            raise ValueError(f"window {self.window!r} is not known. Choose one of: "
+                             f"{', '.join(WINDOWS)}, 'centre, width' with a width above 0, or ''.")
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        """The window's ends, None for each picture's own range."""
+        if not self.window:
+            return None
+        centre, width = WINDOWS.get(self.window) or map(float, self.window.split(","))
+        return centre - width / 2, centre + width / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """The pictures of a folder, decoded.
+
+    Attributes:
+        name: the folder's name.
+        images: (N, S, S) grey or (N, S, S, 3) RGB, mapped from disk.
+        table: N rows: id, path, label, split, patient ("" where unknown), kind, mode, width,
+            height.
+        broken: path and reason of each file that could not be read.
+        notes: what was left out, skipped, scaled, or is odd.
+        cache: the file that `images` are mapped from.
+    """
+
+    name: str
+    images: np.ndarray
+    table: pd.DataFrame
+    broken: pd.DataFrame
+    notes: tuple[str, ...]
+    cache: Path
+
+    def split(self, class_names: Sequence[str], part: str | None = None) -> Split:
+        """Return the pictures of one part, or all, as a Split; class i is class_names[i].
+
+        Raises:
+            ValueError: a label is none of `class_names`.
+        """
+        rows = np.flatnonzero((self.table["split"] == part) | (part is None))
+        table = self.table.iloc[rows]
+        if strange := sorted(set(table["label"]) - set(class_names)):
+            raise ValueError(f"{self.name} has images of class {', '.join(map(repr, strange))}; "
+                             f"expected: {', '.join(class_names)}.")
+        labels = table["label"].map({name: i for i, name in enumerate(class_names)})
+        known = (self.table["patient"] != "").any()
+        return Split(_take_mapped(self.images, rows, self.cache), labels.to_numpy(np.int64),
+                     table["id"].to_numpy(str), table["patient"].to_numpy(str) if known else None)
+
+
+def read_folder(
+    folder: str | Path, options: ReadOptions | None = None, *, image_size: int = 224,
+    dtype: str = "uint8", data_dir: str | Path = "data", labelled: bool = True,
+) -> Folder:
+    """Read PNG, JPEG, TIFF, BMP, DICOM and NIfTI files, once: the next call maps the pixels.
+
+    Layouts: a folder for each class; train, val and test with a folder for each class in them; a
+    CSV file (columns path, label and, if you like, split and patient; paths start where it lies),
+    given by its path or as the only CSV in the folder.
+
+    EXIF rotation is applied, transparency shows black. Decoded pictures are kept in
+    `data_dir`/decoded under the files' paths, sizes, times of change and these options.
+
+    Args:
+        image_size: side in pixels of the pictures, area-resized.
+        labelled: False takes every image below the folder, without labels.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file listed in the CSV is missing.
+        ValueError: an unknown layout, no image, or files that can't be read, all of them named.
+    """
+    options, folder = options or ReadOptions(), Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"There is no folder {folder}. Check the path of the data set.")
+    files, left_out = _list_folder(folder, labelled)
+    notes = [f"Left out: {', '.join(f'{n} {what}' for what, n in sorted(left_out.items()))}."]
+    notes = notes if left_out else []
+    if files.empty:
+        raise ValueError(f"{folder} holds no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image. "
+                         + " ".join(notes))
+    cache, facts = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
+    files = pd.concat([files, facts], axis=1)
+    broken = files.loc[files["reason"] != "", ["path", "reason"]].reset_index(drop=True)
+    if len(broken) and (options.on_error == "stop" or len(broken) == len(files)):
+        listed = "\n  ".join(f"{path}: {reason}" for path, reason in broken.itertuples(index=False))
+        raise ValueError(f"{len(broken)} of {len(files)} files can't be read:\n  {listed}\n"
+                         f"Mend or remove them, or set on_error='skip' to go on without them.")
+    if len(broken):
+        notes.append(f"on_error='skip': {len(broken)} of {len(files)} files can't be read and "
+                     f"were skipped: {_few(broken['path'], 5)}.")
+    files, about_patients = _with_patients(files[files["reason"] == ""], options)
+    table = files.explode("numbers", ignore_index=True)
+    page = "#" + table["numbers"].astype(str)
+    table.insert(0, "id", table["path"] + page.where(table["count"] > 1, ""))
+    name = re.sub(r"[^\w.-]+", "-", folder.resolve().stem)
+    return Folder(
+        name if name not in DATASETS else f"{name}-folder", np.load(cache, mmap_mode="c"),
+        table[["id", "path", "label", "split", "patient", "kind", "mode", "width", "height"]],
+        broken, (*notes, *_oddities(files, options), *about_patients), cache)
+
+
+def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions | None,
+                 data_dir: Path, seed: int) -> DataSplits:
+    """Load a folder by its layout; draw the parts that it does not have."""
+    if (folder / "Data-split").is_dir():
+        return _load_covid_ct(folder, image_size, dtype)
+    found = read_folder(folder, options, image_size=image_size, dtype=dtype, data_dir=data_dir)
+    names = tuple(sorted(set(found.table["label"])))
+    if len(names) < 2:
+        raise ValueError(f"{folder} has images of one class only ({names[0]}); at least two are "
+                         f"needed. {' '.join(found.notes)}")
+    missing = [part for part in ("test", "val") if part not in set(found.table["split"])]
+    found, notes = _draw_parts(found, missing, seed), list(found.notes)
+    if missing:
+        path = found.cache.with_name(f"{found.name}_{found.cache.stem[:8]}_seed{seed}.csv")
+        with _atomic(path) as temporary:
+            found.table[["path", "label", "split", "patient"]].drop_duplicates().to_csv(
+                temporary, index=False)
+        by = "patient" if (found.table["patient"] != "").any() else "image: no patient is known"
+        notes.append(f"{' and '.join(missing)} drawn with seed {seed}, stratified, by {by}; kept "
+                     f"as {path.name} in {path.parent.name}/. Copied into the folder, that list "
+                     f"stays in force whatever is added.")
+    splits = {part: found.split(names, part) for part in SPLITS}
+    mean, std = _intensity(splits["train"].images)
+    return DataSplits(
+        name=found.name, **splits, class_names=names, mean=mean, std=std, notes=tuple(notes),
+        task="binary" if len(names) == 2 else "multi-class",
+        source=f"the user's folder {found.name}; rights as the user knows them")
+
+
+def _draw_parts(found: Folder, missing: Sequence[str], seed: int) -> Folder:
+    """Draw the missing parts from train: about a quarter as test, a fifth of the rest as val."""
+    table = found.table
+    labels, parts = table["label"].to_numpy(str), table["split"].replace("", "train").to_numpy(str)
+    units = table["patient"].where(table["patient"] != "", table["id"]).to_numpy(str)
+    for left, part in zip(range(len(missing), 0, -1), missing):
+        index = np.flatnonzero(parts == "train")
+        counts = pd.Series(units[index]).groupby(labels[index]).nunique()
+        if counts.min() <= left:
+            raise ValueError(f"{found.name}: class {counts.idxmin()} has {counts.min()} patients "
+                             f"(or images without one), {left + 1} are needed to draw {part}. Add "
+                             f"images, or name the parts yourself.")
+        folds = min({"test": 4, "val": 5}[part], counts.min())
+        parts[_hold_out(index, labels, units, folds, seed)[1]] = part
+    return dataclasses.replace(found, table=table.assign(split=parts))
+
+
+def _intensity(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std per channel, three of them, in units of [0, 1]."""
+    pixels = images.reshape(-1, 3 if images.ndim == 4 else 1)        # a view, also of a mapped file
+    pixels = pixels[::len(pixels) // 4_000_000 | 1] / np.float32(255)     # 4 million are enough
+    repeat = 3 // pixels.shape[1]
+    return tuple(pixels.mean(0).tolist() * repeat), tuple(pixels.std(0).tolist() * repeat)
+
+
+def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[str]]:
+    """List the image files: path (below the folder), file, label, split, patient; count others."""
+    tables = [folder] if folder.is_file() else sorted(folder.glob("*.csv")) if labelled else []
+    if len(tables) == 1:
+        return _list_csv(tables[0]), Counter()
+    if tables:
+        raise ValueError(f"{folder} has {len(tables)} CSV files. Give the path of the one that "
+                         f"lists the images.")
+    paths, left_out = _walk(folder)
+    steps = [tuple(map(_printable, path.relative_to(folder).parts)) for path in paths]
+    tops = {step[0] for step in steps if len(step) > 1}
+    divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
+    strange = [*sorted(tops - divided if divided else ()),
+               *("/".join(step) for step in steps if len(step) < (3 if divided else 2))]
+    if labelled and (strange or not paths):
+        raise ValueError(
+            f"The layout of {folder} is not known: expected a folder for each class, or train, val "
+            f"and test with a folder for each class in them, or a CSV file with path and label; "
+            f"found {_few(strange or sorted(p.name for p in folder.iterdir()))}.")
+    return pd.DataFrame({
+        "path": ["/".join(step) for step in steps], "file": paths,
+        "label": [step[bool(divided)] if labelled else "" for step in steps],
+        "split": [SPLIT_FOLDERS[step[0].lower()] if divided and labelled else "" for step in steps],
+        "patient": ""}), left_out
+
+
+def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
+    """Return the image files below `folder`, each once whatever links to it; count the others."""
+    paths, left_out, seen = [], Counter(), set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        left_out["folders met a second time, by a link"] += real in seen
+        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
+        if real in seen:
+            folders[:], names = [], []
+        seen.add(real)
+        for name in sorted(names):
+            path = Path(root, name)
+            real_file = os.path.realpath(path) if path.is_symlink() else os.path.join(real, name)
+            why = _not_wanted(path) or "links to files met before" * (real_file in seen)
+            left_out[why] += 1
+            seen.add(real_file)
+            paths += [] if why else [path]
+    del left_out[""]
+    return paths, +left_out
+
+
+def _not_wanted(path: Path) -> str:
+    """Say why a file is left out, as words that follow a number; "" if it may be an image."""
+    if path.name.startswith("."):
+        return "hidden files"
+    if not path.is_file():                                           # or a device, a pipe
+        return "links that lead nowhere" if path.is_symlink() else "things that are no file"
+    if path.stat().st_size == 0:
+        return "empty files"
+    return "" if _kind(path) else f"{path.suffix or path.name} files"
+
+
+def _kind(path: Path) -> str:
+    """Return "image", "DICOM", "NIfTI" or "", by the name; DICOM by its mark too."""
+    name = path.name.lower().removesuffix(".gz")
+    if kind := FILE_KINDS.get(Path(name).suffix):
+        return kind
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return "DICOM" if file.read(132)[128:] == b"DICM" and name != "dicomdir" else ""
+    return ""
+
+
+def _printable(text: str) -> str:
+    """Return a file's name or an error as text that can be printed and stored, whatever it is."""
+    text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _list_csv(path: Path) -> pd.DataFrame:
+    """Read a list of images: path, label and, if there, split and patient."""
+    try:
+        text = path.read_text("utf-8-sig")
+        mark = next((s for s in (",", ";", "\t") if s in text.partition("\n")[0]), ",")
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=mark)
+    except ValueError as error:                                      # also: not UTF-8, no table
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
+    table = table.rename(columns=lambda name: name.strip().lower()).reindex(
+        columns=["path", "label", "split", "patient"], fill_value="")
+    table = table.apply(lambda column: column.str.strip())
+    if table.empty or (table[["path", "label"]] == "").any(axis=None):
+        raise ValueError(f"{path} must have the columns path and label, filled in every row.")
+    table["split"] = table["split"].str.lower().replace(SPLIT_FOLDERS)
+    if strange := set(table["split"]) - ({*SPLITS} if any(table["split"]) else {""}):
+        raise ValueError(f"{path}: split is {_few(map(repr, sorted(strange)))} in some rows; it "
+                         f"must be train, val or test in all (or empty in all).")
+    table["file"] = [path.parent / name for name in table["path"]]
+    twice = table["file"].map(os.path.realpath).duplicated()
+    missing = ~table["file"].map(Path.is_file)
+    if twice.any():
+        raise ValueError(f"{path} lists files twice: {_few(table['path'][twice])}.")
+    if missing.any():
+        raise FileNotFoundError(f"{missing.sum()} of {len(table)} files that {path} lists are "
+                                f"missing: {_few(table['path'][missing], 3)}.")
+    return table
+
+
+def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFrame, list[str]]:
+    """Fill in `patient`: by CSV, else the option's rule, else PatientID, else a file of several."""
+    patient, tagged, notes = files["patient"], files["patient_id"], []
+    if options.patient:
+        found = files["path"].str.extract(options.patient)[0].fillna("")
+        patient = patient.where(patient != "", found)
+    if (tagged != "").sum() > 1 and tagged[tagged != ""].nunique() == 1:
+        notes.append("All DICOM files carry the same PatientID; it is taken for none.")
+        tagged = ""
+    patient = patient.where(patient != "", tagged)
+    patient = patient.where((patient != "") | (files["count"] < 2), files["path"])
+    if unknown := int((patient == "").sum()):
+        notes.append(f"The patient is not known for {unknown} of {len(files)} files.")
+    return files.assign(patient=patient), notes
+
+
+def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
+    """Say what the reader of a result should know about the files that were read."""
+    def counted(column: str) -> str:
+        return ", ".join(f"{name} {n}" for name, n in files[column].value_counts().items())
+
+    rule = f"by the window {options.window!r}" if options.window else "each over its own range"
+    suffix = files["path"].str.lower().str.extract(r"\.(\w+)$")[0].replace("jpg", "jpeg")
+    misnamed = files["kind"].isin(("PNG", "JPEG", "BMP")) & (suffix != files["kind"].str.lower())
+    found = {
+        f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
+        f"have more than 8 bits, scaled {rule}": files["deep"],
+        "were turned upright by their EXIF mark": files["turned"],
+        "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32,
+        **{f"{kind} files are named .{end}": misnamed & (files["kind"] == kind) & (suffix == end)
+           for kind, end in sorted(set(zip(files["kind"][misnamed], suffix[misnamed])))}}
+    return [f"{len(files)} files: {counted('kind')}; pixels: {counted('mode')}.",
+            *(f"{which.sum()} {text if 'files' in text else f'files {text}'}."
+              for text, which in found.items() if which.any())]
+
+
+# Decoding: once, in parallel, into a file that is mapped from then on
+
+
+def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
+             data_dir: Path) -> tuple[Path, pd.DataFrame]:
+    """Return the .npy that holds all pictures in order, and the facts of each file."""
+    digest = hashlib.sha256(repr(("version 1", size, dtype, options.window, options.slices,
+                                  options.plane)).encode())
+    for path in paths:
+        info = path.stat()
+        digest.update(f"{path.absolute()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode(
+            "utf-8", "surrogateescape"))
+    cache = data_dir / "decoded" / f"{digest.hexdigest()[:16]}.npy"
+    record = cache.with_suffix(".json")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache.with_name(f".{cache.name}.lock")):
+        try:                                                         # the record is written last
+            kept = json.loads(record.read_text("utf-8"))
+            whole = kept["bytes"] == cache.stat().st_size
+        except (OSError, ValueError, KeyError):
+            whole = False
+        if not whole:
+            facts = _decode_files(paths, options, size, dtype, cache)
+            kept = {"facts": facts, "bytes": cache.stat().st_size}
+            _write_json(record, kept)
+    return cache, pd.DataFrame(kept["facts"])
+
+
+def _decode_files(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
+                  cache: Path) -> list[dict[str, Any]]:
+    """Read all headers, then all pixels into `cache`; a file that can't be read has a `reason`."""
+    def attempt(work: Callable[[int], Any], i: int) -> Any:
+        try:
+            return work(i)
+        except Exception as error:                                   # damaged files raise anything
+            facts[i] |= {"reason": _reason(error, paths[i]), "numbers": []}
+
+    def look(i: int) -> None:
+        facts[i] |= _open_file(paths[i], options)[0]
+        facts[i]["numbers"] = _chosen(facts[i]["count"], options.slices)
+
+    def decode(i: int) -> None:
+        read = _open_file(paths[i], options)[1]
+        for row, number in enumerate(facts[i]["numbers"], starts[i]):
+            put(row, _resized(read(number), size, dtype, colour))
+
+    facts = [{**_UNREAD, "numbers": [], "reason": ""} for _ in paths]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                              # what matters is a reason
+        _in_parallel(functools.partial(attempt, look), range(len(paths)), "headers")
+        counts = [len(f["numbers"]) for f in facts]
+        starts, colour = np.cumsum([0, *counts]), any(f["colour"] for f in facts)
+        shape = (int(starts[-1]), size, size, *(3,) * colour)
+        with _new_array(cache, dtype, shape) as put:
+            _in_parallel(functools.partial(attempt, decode), np.flatnonzero(counts), "pictures")
+    kept = np.repeat([f["reason"] == "" for f in facts], counts)
+    if not kept.all():                                               # no gaps where files failed
+        images = np.load(cache, mmap_mode="r")
+        _copy_rows(images, np.flatnonzero(kept), cache)
+    return facts
+
+
+def _in_parallel(work: Callable[[int], Any], items: Sequence[int], what: str) -> None:
+    """Do `work` on all items in threads (decoders free the GIL), with a bar if watched."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            deque(tqdm(pool.map(work, items), desc=what, total=len(items), unit="file",
+                       disable=not _is_watched()), maxlen=0)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)                       # or it would end its queue
+            raise
+
+
+@contextlib.contextmanager
+def _new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Iterator[Callable]:
+    """Yield a function that writes rows of a new .npy from a given row on; name it when done.
+
+    It writes plainly: a full disk is an error, where a mapped file would end the process.
+    """
+    with _atomic(path) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_2_0(
+            file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
+        start, lock = file.tell(), threading.Lock()
+        step = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+
+        def put(row: int, pixels: np.ndarray) -> None:
+            with lock:
+                file.seek(start + row * step)
+                file.write(pixels.tobytes())
+
+        yield put
+        file.truncate(start + shape[0] * step)
+
+
+def _copy_rows(images: np.ndarray, rows: np.ndarray, path: Path) -> None:
+    """Write `images[rows]` as .npy, a few at a time."""
+    with _new_array(path, images.dtype, (len(rows), *images.shape[1:])) as put:
+        for i in range(0, len(rows), 256):
+            put(i, images[rows[i:i + 256]])
+
+
+def _take_mapped(images: np.ndarray, rows: np.ndarray, cache: Path) -> np.ndarray:
+    """Return `images[rows]`, mapped from disk too: a stretch as it is, others copied once."""
+    if len(rows) == 0 or len(rows) == rows[-1] - rows[0] + 1:
+        return images[rows[0]:rows[-1] + 1] if len(rows) else images[:0]
+    path = cache.with_name(f"{cache.stem}_{hashlib.sha256(rows.tobytes()).hexdigest()[:8]}.npy")
+    if not path.exists():
+        _copy_rows(images, rows, path)
+    return np.load(path, mmap_mode="c")                              # "r" would make torch warn
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Return one printable line for an error, without the path that stands before it."""
+    text = " ".join(str(error).replace(f" {str(path)!r}", "").split()) or "no reason given"
+    text = text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+    return _printable(text)[:300]
+
+
+def _chosen(count: int, slices: str) -> list[int]:
+    """Return the numbers, from 0, of the pictures to take of `count`."""
+    n = min(count, {"middle": 1, "all": count}.get(slices) or int(slices))
+    return [(2 * i + 1) * count // (2 * n) for i in range(n)]
+
+
+def _resized(picture: np.ndarray, size: int, dtype: str, colour: bool) -> np.ndarray:
+    """Return a picture (H, W) or (H, W, 3) as (size, size) or (size, size, 3), by area."""
+    if picture.ndim == 3 and not colour:
+        raise ValueError("a page in colour follows a grey one")
+    channels = np.atleast_3d(picture)                                # one by one: less memory
+    small = [_area_resize(channels[..., c:c + 1], size, dtype) for c in range(channels.shape[2])]
+    return np.concatenate(small * (3 // len(small)), axis=2) if colour else small[0][..., 0]
+
+
+def _check_size(width: int, height: int, count: int = 1) -> None:
+    """Refuse a bomb before memory is spent on it, and what has no pixel at all."""
+    pixels = width * height
+    if min(width, height, count) < 1:
+        raise ValueError(f"{count} pictures of {width} x {height} pixels")
+    if pixels > MAX_PIXELS or pixels * count > MAX_FILE_PIXELS or count > MAX_PICTURES:
+        raise ValueError(f"{count:,} pictures of {width:,} x {height:,} pixels; the limit is "
+                         f"{MAX_PIXELS:,} pixels a picture, {MAX_FILE_PIXELS:,} pixels and "
+                         f"{MAX_PICTURES:,} pictures a file")
+
+
+_Opened = tuple[dict[str, Any], Callable[[int], np.ndarray]]  # facts; number -> (H, W) or (H, W, 3)
+_UNREAD = {"kind": "", "mode": "", "width": 0, "height": 0, "count": 1, "colour": False,
+           "deep": False, "turned": False, "patient_id": ""}
+
+
+def _open_file(path: Path, options: ReadOptions) -> _Opened:
+    """Read a file's header; return its facts, and what reads a picture, 0..255, by its number."""
+    openers = {"image": _open_image, "DICOM": _open_dicom, "NIfTI": _open_nifti}
+    facts, read = openers.get(_kind(path), _open_image)(path, options)
+    _check_size(facts["width"], facts["height"], facts.get("count", 1))
+    return facts, read
+
+
+def _open_image(path: Path, options: ReadOptions) -> _Opened:
+    """Open PNG, JPEG, TIFF or BMP."""
+    def read(number: int) -> np.ndarray:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.verify()                                           # the CRCs of a PNG
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.seek(number)
+            _check_size(*image.size)                                 # a page has its own
+            seen = ImageOps.exif_transpose(image)
+            if seen.mode[0] in "IF":
+                return _scaled(np.asarray(seen), options, False)
+            return _as_seen(seen)
+
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            kind = "JPEG" if image.format == "MPO" else image.format     # a JPEG with a preview
+            return {"kind": kind, "mode": image.mode, "width": width, "height": height,
+                    "count": image.n_frames if kind == "TIFF" else 1,
+                    "colour": image.mode not in GREY_MODES, "deep": image.mode[0] in "IF",
+                    "turned": kind != "PNG" and image.getexif().get(274, 1) != 1}, read
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            raise ValueError(f"no PNG, JPEG, TIFF or BMP image but {_what(file)}") from None
+
+
+def _as_seen(image: Image.Image) -> np.ndarray:
+    """Return the pixels that a viewer shows on black, (H, W) or (H, W, 3) uint8."""
+    mode = "L" if image.mode in GREY_MODES else "RGB"
+    if image.has_transparency_data:
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image.convert("RGBA"))
+    return np.asarray(image.convert(mode))
+
+
+def _scaled(values: np.ndarray, options: ReadOptions, hounsfield: bool) -> np.ndarray:
+    """Scale grey values to float32 0..255 by the rule of `options`."""
+    if options.window in WINDOWS and not hounsfield:
+        raise ValueError(f"its grey values are not known to be Hounsfield units, in which the "
+                         f"window {options.window!r} is given: set window to '' or to "
+                         f"'centre, width' in its own units")
+    low, high = float(values.min()), float(values.max())
+    if not high - low < 1e30:                                        # also NaN and infinity
+        raise ValueError(f"its grey values go from {low:g} to {high:g}")
+    low, high = options.limits or (low, high)
+    shares = (values.astype(np.float32) - low) / max(high - low, 1e-30)
+    return np.clip(shares, 0, 1) * np.float32(255)
+
+
+def _open_dicom(path: Path, options: ReadOptions) -> _Opened:
+    """Open DICOM: rescaled, windowed, MONOCHROME1 inverted, palettes applied."""
+    from pydicom import dcmread
+    from pydicom.filereader import read_file_meta_info
+    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+
+    with open(path, "rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            file.seek(0)
+            raise ValueError(f"no DICOM file but {_what(file)}")
+    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    if syntax and syntax.is_deflated:                                # of unlimited size
+        raise ValueError("a deflated DICOM file; convert it first, such as by dcmconv +te")
+    header = dcmread(path, stop_before_pixels=True)
+    _check_dicom(header, syntax)
+    photometric, colours = header.PhotometricInterpretation, header.SamplesPerPixel > 1
+    palette = photometric == "PALETTE COLOR"
+
+    def read(number: int) -> np.ndarray:
+        raw = pixel_array(path, index=number)
+        if palette:
+            raw = apply_color_lut(raw, header)
+            raw = raw if raw.dtype == np.uint8 else (raw // 257).astype(np.uint8)
+        if raw.ndim == 3 and raw.dtype != np.uint8:
+            raise ValueError(f"a colour picture of {header.BitsStored} bits a channel")
+        if raw.ndim == 3:
+            return raw
+        values = apply_modality_lut(raw, header)
+        if raw.dtype != np.uint8 or header.BitsStored != 8 or not np.array_equal(raw, values):
+            outside = header.get("PixelPaddingValue")                # no part of the picture
+            if outside is not None and 0 < np.sum(raw == outside) < raw.size:
+                values = np.where(raw == outside, values[raw != outside].min(), values)
+            values = _scaled(values, options, header.get("Modality") == "CT"
+                             and "RescaleIntercept" in header)
+        return 255 - values if photometric == "MONOCHROME1" else values
+
+    return {"kind": "DICOM", "mode": f"{photometric} {header.BitsStored} bit",
+            "width": int(header.Columns), "height": int(header.Rows),
+            "count": int(header.get("NumberOfFrames") or 1), "colour": palette or colours,
+            "deep": header.BitsStored > 8, "patient_id": str(header.get("PatientID") or "")}, read
+
+
+def _check_dicom(header: Any, syntax: Any) -> None:
+    """Name the tags that are missing, or the package that could decode the pixels."""
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.pixels import get_decoder
+    from pydicom.tag import Tag
+
+    missing = [f"{name} {Tag(tag_for_keyword(name))}" for name in DICOM_TAGS
+               if header.get(name) is None]
+    missing += [] if syntax else ["TransferSyntaxUID (0002,0010)"]
+    if missing:
+        raise ValueError(f"no picture can be made: it lacks the tag {', '.join(missing)}")
+    decoder = get_decoder(syntax)
+    if not decoder.is_available:
+        needed = re.findall(r"pylibjpeg-\w+", " ".join(decoder.missing_dependencies)) or ["gdcm"]
+        raise ValueError(f"its transfer syntax, {syntax.name}, needs a decoder that is not "
+                         f"installed: pip install pylibjpeg {' '.join(needed)}")
+
+
+def _open_nifti(path: Path, options: ReadOptions) -> _Opened:
+    """Open a NIfTI volume, cut as it is seen from the patient's feet, front or left."""
+    import nibabel
+
+    volume = nibabel.load(path)
+    turns = nibabel.io_orientation(volume.affine)                    # (3, 2): patient's axis, sign
+    if len(volume.shape) != 3 or np.isnan(turns).any():
+        raise ValueError(f"its shape is {volume.shape}, expected one volume of three dimensions, "
+                         f"each with a direction of its own")
+    if volume.get_data_dtype().kind not in "iuf":
+        raise ValueError(f"its values are {volume.get_data_dtype()}, expected one number a voxel")
+    plane = PLANES.index(options.plane)
+    place = [int(np.flatnonzero(turns[:, 0] == axis)[0]) for axis in range(3)]
+    across = place.pop(plane)
+    whole = functools.cache(volume.dataobj.get_unscaled)
+
+    def read(number: int) -> np.ndarray:
+        number = volume.shape[across] - 1 - number if turns[across, 1] < 0 else number
+        slab = whole().take([number], across) * volume.dataobj.slope + volume.dataobj.inter
+        slab = nibabel.apply_orientation(slab, turns).take(0, plane)
+        return _scaled(slab[::-1, ::-1].T, options, True)            # right on the left, top up
+
+    width, height = (volume.shape[axis] for axis in place)
+    return {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": width,
+            "height": height, "count": volume.shape[across], "deep": True}, read
+
+
 # Splits and subsets ----------------------------------------------------------
 
 
 def _regroup(data: DataSplits, seed: int) -> DataSplits:
     """Split all images anew: stratified, no patient and no article in two splits.
 
-    About a quarter becomes the test set and a fifth of the rest the validation set, by
-    scikit-learn's StratifiedGroupKFold.
+    About a quarter becomes the test set and a fifth of the rest the validation set.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     if data.train.groups is None or data.task == "multi-label":
         raise ValueError(f"{data.name} can't be split by group: "
                          f"{'multi-label' if data.train.groups is not None else 'no patient ids'}"
                          f". Use split='official'.")
     pool = _join([getattr(data, name) for name in SPLITS])
     units = _split_units(pool)
-
-    def hold_out(index: np.ndarray, folds: int) -> tuple[np.ndarray, np.ndarray]:
-        kfold = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        rest, held = next(kfold.split(index, pool.labels[index], units[index]))
-        return index[rest], index[held]
-
-    rest, test = hold_out(np.arange(len(pool)), 4)
-    train, val = hold_out(rest, 5)
+    rest, test = _hold_out(np.arange(len(pool)), pool.labels, units, 4, seed)
+    train, val = _hold_out(rest, pool.labels, units, 5, seed)
     return dataclasses.replace(
         data, train=pool.take(train), val=pool.take(val), test=pool.take(test),
         published_split=False, source=f"{data.source}; grouped split, seed {seed}",
         notes=(*data.notes, f"Split anew by patient and article with seed {seed}: not "
                             f"comparable with results on the published split."))
+
+
+def _hold_out(index: np.ndarray, labels: np.ndarray, units: np.ndarray, folds: int,
+              seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split `index` into the rest and one of `folds` stratified parts; no unit is in both.
+
+    Of scikit-learn's parts the first that leaves both sides every class.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    alone = len(np.unique(units[index])) == len(index)               # the quicker one will do
+    kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
+        folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():                                  # classes below `folds` units
+        warnings.simplefilter("ignore", UserWarning)
+        pairs = [(index[a], index[b]) for a, b in kfold.split(index, labels[index], units[index])]
+    classes = len(np.unique(labels[index]))
+    return next((pair for pair in pairs if all(len(np.unique(labels[i])) == classes for i in pair)),
+                pairs[0])
 
 
 def _join(parts: Sequence[Split]) -> Split:

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 RUNTIME = PROJECT["dependencies"]
 TEST = PROJECT["optional-dependencies"]["test"]
-DASK = PROJECT["optional-dependencies"]["dask"]
+EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "test"}
 
 _spec = importlib.util.spec_from_file_location("badges", ROOT / ".ci" / "badges.py")
 badges = importlib.util.module_from_spec(_spec)  # .ci is no package, so not a plain import
@@ -27,7 +27,7 @@ _spec.loader.exec_module(badges)
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}  # conda name -> the one in pyproject
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
 # Dependencies that the notebooks and tests use without importing them.
-NOT_IMPORTED = {"jupyterlab", "ipywidgets", "ipykernel", "nbval", "nbconvert",
+NOT_IMPORTED = {"jupyterlab", "ipywidgets", "ipykernel", "nbval", "nbconvert", "onnx", "onnxscript",
                 "jupyter-repo2docker"}
 
 
@@ -108,8 +108,9 @@ def test_every_import_is_a_declared_dependency():
     assert imported_modules() - declared - local - sys.stdlib_module_names == set()
 
 
-def test_the_dask_extra_is_tested():
-    assert floors(DASK).items() <= floors(TEST).items()
+@pytest.mark.parametrize("extra", ["dask", "export"])
+def test_an_extra_is_tested(extra):
+    assert floors(EXTRAS[extra]).items() <= floors(TEST).items()
 
 
 def test_every_dependency_is_used():
@@ -120,7 +121,7 @@ def test_every_dependency_is_used():
 def test_every_dependency_has_its_reason():
     text = (ROOT / "pyproject.toml").read_text("utf-8")
     lines = re.findall(r'^    "[\w.\[\]-]+>=.*$', text, flags=re.MULTILINE)
-    assert len(lines) == len(RUNTIME + TEST + DASK)
+    assert len(lines) == len(RUNTIME + TEST + sum(EXTRAS.values(), []))
     assert [line for line in lines if not re.search(r'",\s+# \w', line)] == []
 
 

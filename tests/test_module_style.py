@@ -19,7 +19,7 @@ FUNCTIONS = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
 
 # Imported where used: slow to import, or needed by one function only.
 IMPORTED_LATE = ["medmnist", "gdown", "sklearn", "statsmodels", "scipy", "papermill",
-                 "IPython", "ipywidgets"]
+                 "pydicom", "nibabel", "IPython", "ipywidgets"]
 
 LOOK_AROUND_AN_IMPORT = """
 import json, os, random, sys
