@@ -49,20 +49,28 @@ export GRID
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 
+# Of the notebooks around the grid, the last four need nothing but its runs: side by side, WORKERS
+# at a time. The parameters that each is given:
+GIVE_01 := -r weights "$(WEIGHTS)"
+GIVE_02 := -r weights "$(WEIGHTS)"
+GIVE_05 := -r study_dir "../$(OUT)"
+GIVE_06 := -r weights "$(WEIGHTS)" -r dataset "$(DATASET)" -r recipe "$(RECIPE)"
+GIVE_07 := -r weights "$(WEIGHTS)"
+AFTER := 04_run_study 05_compare_results 06_look_inside 07_use_your_own_data
+
 workbook: $(READY)  ## run the notebooks into runs/workbook, from the checkpoints to the comparison
 	@mkdir -p "$(OUT)"
-	$(NOTEBOOK) notebooks/01_download_checkpoints.ipynb "$(OUT)/01_download_checkpoints.ipynb" \
-	    -r weights "$(WEIGHTS)"
-	$(NOTEBOOK) notebooks/02_load_and_check_keys.ipynb "$(OUT)/02_load_and_check_keys.ipynb" \
-	    -r weights "$(WEIGHTS)"
+	@$(MAKE) --no-print-directory run-01_download_checkpoints run-02_load_and_check_keys
 	OMP_NUM_THREADS=1 $(PY) -c "$$GRID" \
 	    "$(WEIGHTS)" "$(DATASET)" "$(RECIPE)" "$(STUDY)" "$(WORKERS)"
-	OMP_NUM_THREADS=1 $(NOTEBOOK) notebooks/04_run_study.ipynb "$(OUT)/04_run_study.ipynb"
-	$(NOTEBOOK) notebooks/05_compare_results.ipynb "$(OUT)/05_compare_results.ipynb" \
-	    -r study_dir "../$(OUT)"
+	@$(MAKE) --no-print-directory -j "$(WORKERS)" $(AFTER:%=run-%)
 	@echo "Done. Read $(OUT)/05_compare_results.ipynb first: which method wins, and is it noise?"
 	@echo "Each folder in $(OUT) is one run: its notebook.ipynb, its scores in metrics.json."
 	@echo "\`make lab\` opens the notebooks."
+
+run-%: $(READY)
+	OMP_NUM_THREADS=1 $(NOTEBOOK) "notebooks/$*.ipynb" "$(OUT)/$*.ipynb" \
+	    $(GIVE_$(firstword $(subst _, ,$*)))
 
 lab: $(READY)  ## open JupyterLab
 	$(PY) -m jupyterlab notebooks/01_download_checkpoints.ipynb

@@ -219,7 +219,7 @@ def test_make_passes_only_parameters_that_the_notebooks_have():
     plan = subprocess.run(["make", "-n", "workbook"], cwd=ROOT, check=True, capture_output=True,
                           text=True).stdout.replace("\\\n", " ")
     commands = [line for line in plan.splitlines() if "-m papermill" in line]
-    assert len(commands) == 4
+    assert len(commands) == 6
     for line in commands:
         notebook = ROOT / re.search(r"notebooks/\w+\.ipynb", line)[0]
         known = papermill.inspect_notebook(notebook)
