@@ -43,6 +43,12 @@ def test_random_networks_are_rarely_said_to_know_more_than_random(looked_inside)
     assert not known.loc[known["network"].str.startswith("random"), "beyond"].any()
 
 
+def test_nothing_is_beyond_random_networks_that_are_perfect(looked_inside):
+    known = looked_inside["known"].assign(score=1.0, low=1.0, high=1.0)
+    scope = run_cells(STEM, "drawn = known", **{**looked_inside, "known": known})
+    assert not scope["known"]["beyond"].any()
+
+
 def test_linear_reader_is_the_linear_recipe(looked_inside, few_phantoms, tmp_path):
     config = medssl.FineTuneConfig.named("linear", image_size=32, normalise="dataset",
                                          select_by="loss")
@@ -125,7 +131,7 @@ def test_layers_that_moved_are_measured(looked_inside):
         **looked_inside, "net": net, "name": "SparK"})
     moved = scope["moved"]
     assert moved.loc["layer3.2", "convolutions"] == pytest.approx(0.1, abs=1e-4)
-    assert moved.drop("layer3.2").to_numpy().max() == 0
+    assert moved.drop("layer3.2").max(axis=None) == 0
 
 
 def test_a_finished_run_is_looked_into_again(looked_inside):
