@@ -1696,12 +1696,15 @@ class ReadOptions:
     def __post_init__(self) -> None:
         _choose(self.on_error, ("stop", "skip"), "on_error")
         _choose(self.plane, PLANES, "plane")
-        if not re.fullmatch(r"middle|all|[1-9]\d*", self.slices):
+        if not re.fullmatch(r"middle|all|[1-9]\d*", str(self.slices)):
             raise ValueError(f"slices is {self.slices!r}; it must be 'middle', 'all' or a number "
-                             f"above 0, as text.")
-        if self.patient and re.compile(self.patient).groups != 1:
-            raise ValueError(f"patient is {self.patient!r}; it must have one group in brackets, "
-                             f"such as 'patient(\\d+)'.")
+                             f"above 0.")
+        groups = 0
+        with contextlib.suppress(re.error):
+            groups = re.compile(self.patient or "()").groups
+        if groups != 1:
+            raise ValueError(f"patient is {self.patient!r}; it must be a regular expression with "
+                             f"one group in brackets, such as 'patient(\\d+)'.")
         two = re.fullmatch(r"\s*-?\d+(\.\d+)?\s*,\s*\d+(\.\d+)?\s*", self.window)
         if not (two and self.limits[0] < self.limits[1] or self.window in ("", *WINDOWS)):
             raise ValueError(f"window {self.window!r} is not known. Choose one of: "
@@ -1798,7 +1801,8 @@ def read_folder(
     table = files.explode("numbers", ignore_index=True)
     page = "#" + table["numbers"].astype(str)
     table.insert(0, "id", table["path"] + page.where(table["count"] > 1, ""))
-    name = re.sub(r"[^\w.-]+", "-", folder.resolve().stem)
+    name = folder.resolve().stem if folder.is_file() else folder.resolve().name
+    name = re.sub(r"[^\w.-]+", "-", name)
     return Folder(
         name if name not in DATASETS else f"{name}-folder", np.load(cache, mmap_mode="c"),
         table[["id", "path", "label", "split", "patient", "kind", "mode", "width", "height"]],
@@ -1871,13 +1875,16 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
     steps = [tuple(map(_printable, path.relative_to(folder).parts)) for path in paths]
     tops = {step[0] for step in steps if len(step) > 1}
     divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
+    empty = {_printable(p.name) for p in folder.iterdir() if p.is_dir() and not p.is_symlink()
+             and p.name[0] != "." and p.name != "__MACOSX"} - tops
     strange = [*sorted(tops - divided if divided else ()),
-               *("/".join(step) for step in steps if len(step) < (3 if divided else 2))]
+               *("/".join(step) for step in steps if len(step) < (3 if divided else 2)),
+               *(f"{name} without an image" for name in sorted(empty))]
     if labelled and (strange or not paths):
         raise ValueError(
             f"The layout of {folder} is not known: expected a folder for each class, or train, val "
             f"and test with a folder for each class in them, or a CSV file with path and label; "
-            f"found {_few(strange or sorted(p.name for p in folder.iterdir()))}.")
+            f"found {_few(strange or ['nothing of the kind'])}.")
     return pd.DataFrame({
         "path": ["/".join(step) for step in steps], "file": paths,
         "label": [step[bool(divided)] if labelled else "" for step in steps],
@@ -2013,6 +2020,8 @@ def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
     record = cache.with_suffix(".json")
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
+        for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):   # of a process killed here
+            leftover.unlink()
         try:                                                         # the record is written last
             kept = json.loads(record.read_text("utf-8"))
             whole = kept["bytes"] == cache.stat().st_size
@@ -2239,10 +2248,11 @@ def _open_dicom(path: Path, options: ReadOptions) -> _Opened:
                              and "RescaleIntercept" in header)
         return 255 - values if photometric == "MONOCHROME1" else values
 
-    return {"kind": "DICOM", "mode": f"{photometric} {header.BitsStored} bit",
+    return {"kind": "DICOM", "mode": _printable(f"{photometric} {header.BitsStored} bit"),
             "width": int(header.Columns), "height": int(header.Rows),
             "count": int(header.get("NumberOfFrames") or 1), "colour": palette or colours,
-            "deep": header.BitsStored > 8, "patient_id": str(header.get("PatientID") or "")}, read
+            "deep": header.BitsStored > 8,
+            "patient_id": _printable(str(header.get("PatientID") or ""))}, read
 
 
 def _check_dicom(header: Any, syntax: Any) -> None:

@@ -56,7 +56,7 @@ class Case:
     """One fault: what lies in the folder, and what must come of it.
 
     Attributes:
-        build: writes into the folder, where a/good.png is already.
+        build: writes into the folder, where good files are already, those in FINE.
         right: path -> the picture that must come, or a judge that returns what is wrong with it.
         says: what an error must say, where one is allowed; "" where it is not.
         window: the option that ours is asked with.
@@ -127,7 +127,7 @@ def wrong_pictures(case: Case, pictures: Pictures) -> str:
     """Say what is wrong with what was read, "" if it is right."""
     if missing := sorted(set(case.right) - set(pictures)):
         return f"without a word: {', '.join(missing)} is missing"
-    if extra := sorted(set(pictures) - set(case.right) - {"a/good.png", "b/good.png"}):
+    if extra := sorted(set(pictures) - set(case.right) - FINE):
         return f"junk was read: {', '.join(extra)}"
     for name, right in case.right.items():
         if wrong := right(pictures[name]) if callable(right) else differs(pictures[name], right):
@@ -227,6 +227,7 @@ RGB = Image.fromarray(COLOUR)
 NEGATIVE = DEEP.astype(np.int16) - 2000
 CT = {"RescaleSlope": 2, "RescaleIntercept": -1624}
 LUNG = np.clip((DEEP * 2.0 - 1624 + 1350) / 1500, 0, 1) * 255
+FINE = {"a/good.png", "b/good.png", "b/good.dcm"}
 GOOD = {"a/good.png": GREY, "b/good.png": 255 - GREY}
 
 CASES = [
@@ -303,7 +304,9 @@ def run(case: Case, tools: Iterable[str] = READERS) -> faults.Result:
         try:
             for name in "ab":
                 (folder / "in" / name).mkdir(parents=True)
-            if not case.dicom:
+            if case.dicom:
+                (folder / "in" / "b" / "good.dcm").write_bytes(dicom_bytes(GREY))
+            else:
                 Image.fromarray(GREY).save(folder / "in" / "a" / "good.png")
                 Image.fromarray(255 - GREY).save(folder / "in" / "b" / "good.png")
             case.build(folder / "in")

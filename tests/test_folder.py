@@ -164,6 +164,14 @@ def test_an_image_outside_the_layout_is_named(folder, read, stray, words):
         read(labelled=True)
 
 
+def test_a_class_folder_without_an_image_is_named(folder, read):
+    write_classes(folder)
+    (folder / "lost").mkdir()
+    (folder / "lost" / "picture.webp").write_bytes(b"RIFF")
+    with pytest.raises(ValueError, match="found lost without an image"):
+        read(labelled=True)
+
+
 def test_one_class_only_is_an_error(folder, tmp_path):
     write_classes(folder, names=("ill",))
     with pytest.raises(ValueError, match=r"one class only \(ill\)"):
@@ -186,6 +194,7 @@ def test_a_folder_with_the_name_of_a_data_set_is_not_taken_for_it(tmp_path):
     ({"on_error": "ignore"}, "on_error 'ignore'"), ({"window": "lungs"}, "window 'lungs'"),
     ({"window": "40, 0"}, "width above 0"), ({"slices": "0"}, "slices is '0'"),
     ({"plane": "Axial"}, "Did you mean 'axial'"), ({"patient": "p_"}, "one group in brackets"),
+    ({"patient": "(p"}, r"patient is '\(p'"),
 ])
 def test_a_wrong_option_is_named(option, words):
     with pytest.raises(ValueError, match=words):
@@ -312,6 +321,14 @@ def test_a_damaged_cache_is_made_again(folder, read, damage):
     else:
         cache.with_suffix(".json").unlink()
     assert np.array_equal(read().images, right)
+
+
+def test_what_a_killed_process_left_is_cleared_away(folder, read):
+    write_classes(folder)
+    left = read().cache.with_name(f".{read().cache.name}.0123456789ab.tmp")
+    left.write_text("half a file")
+    read()
+    assert not left.exists()
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(folder, read, tmp_path, monkeypatch):
