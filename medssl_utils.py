@@ -2944,20 +2944,31 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "torchvision": torchvision.__version__, "numpy": np.__version__}
 
 
-def _check_trainable(config: FineTuneConfig, data: DataSplits, report: KeyReport) -> None:
+def _peak_memory(device: torch.device) -> float | None:
+    """Return GB: the most that a run held on a GPU; elsewhere this process's peak, None unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _check_trainable(config: FineTuneConfig, data: DataSplits) -> None:
     """Refuse what would fail or mislead later, before anything is written."""
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         if len(getattr(data, name)) == 0:
             raise ValueError(f"{data.name} has no {name} images. Training needs all three parts.")
-    absent = set(range(len(data.class_names))) - set(np.unique(data.val.labels))
-    if config.select_by == "AUC" and data.val.labels.ndim == 1 and absent:
-        names = ", ".join(data.class_names[i] for i in sorted(absent))
-        raise ValueError(f"{data.name}: validation has no image of {names}, so its AUC is "
-                         "undefined and cannot pick the best epoch. "
+    labels = data.val.labels
+    present = labels.any(0) & (labels == 0).any(0) if labels.ndim == 2 else np.isin(
+        np.arange(len(data.class_names)), labels)
+    if config.select_by == "AUC" and not present.all():
+        names = ", ".join(np.array(data.class_names)[~present])
+        raise ValueError(f"{data.name}: validation has no image of {names}, or no other image, so "
+                         "its AUC is undefined and cannot pick the best epoch. "
                          'Set select_by="loss", or split again.')
-    if config.recipe == "linear" and data.val.labels.ndim == 2:
-        raise ValueError('The "linear" recipe knows one label per image; '
-                         f"{data.name} has several. Choose another recipe.")
 
 
 def preprocessing_for(config: FineTuneConfig, data: DataSplits, method: str) -> Preprocessing:
@@ -3000,7 +3011,7 @@ def fine_tune(
     """
     config = config or FineTuneConfig()
     where = pick_device(device)
-    _check_trainable(config, data, report)
+    _check_trainable(config, data)
     checks = check_splits(data)
     checks.raise_for_errors()
     subset = label_subset(data.train.labels, label_fraction, seed=seed,
@@ -3015,6 +3026,8 @@ def fine_tune(
             leftover.unlink()
         _write_json(folder / "config.json", {
             **settings, "warnings": list(checks.warnings), "environment": _environment(where)})
+        if where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
         began = time.perf_counter()
         net = add_head(model, len(data.class_names), seed)
         net = net.to(where, memory_format=torch.channels_last)
@@ -3042,7 +3055,8 @@ def fine_tune(
             "threshold": threshold, "loss": results["test"][0], "n_test": len(data.test),
             "lr": history[best].get("lr_candidate", config.lr),
             "val": results["val"][1], "best_epoch": best, "train_seconds": trained - began,
-            "seconds": time.perf_counter() - began, "mean": prep.mean, "std": prep.std,
+            "seconds": time.perf_counter() - began, "memory_gb": _peak_memory(where),
+            "mean": prep.mean, "std": prep.std,
         })
         for resume in folder.glob("last*.pt"):
             resume.unlink()

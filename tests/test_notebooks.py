@@ -163,7 +163,8 @@ def test_readme_table_lists_exactly_the_notebooks():
 # --- that they run ------------------------------------------------------------------------------
 
 # Small for speed: one epoch on small pictures says nothing about a method, but runs every cell.
-TINY = {"epochs": 1, "image_size": 32, "weights": "stand-in", "dataset": "phantom"}
+SMALL = {"epochs": 1, "image_size": 32}
+TINY = {**SMALL, "weights": "stand-in", "dataset": "phantom"}
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +209,29 @@ def test_05_compares_another_score(workbook):
     notebook = run_with(workbook, "05_compare_results", metric="ACC")
     text = "".join(t for c in notebook.cells for t in output_texts(c))
     assert "SparK" in text and "ACC" in text and "DEMO" in text
+
+
+@pytest.mark.slow
+def test_04_runs_another_grid_and_leaves_what_it_promises(workbook):
+    notebook = run_with(workbook, "04_run_study", **SMALL, methods=["MoCo"], fractions=[0.5],
+                        seeds=[3], study="other", notebook="03_fine_tune.ipynb")
+    text = "".join(t for c in notebook.cells for t in output_texts(c))
+    assert "Runs: 1 in all, 1 to do." in text and "1 of 1 runs are done" in text
+    assert "1 finished runs, 0 of them written again" in text
+    runs = medssl.load_runs(workbook / "runs" / "other")
+    asked = runs[["method", "label_fraction", "seed", "status", "stamp"]].to_numpy().tolist()
+    assert asked == [["MoCo", 0.5, 3, "done", "DEMO"]]
+    assert (runs["folder"][0] / "notebook.ipynb").exists()
+    handed_over = re.search(r'In notebook 05 set study_dir = "(.+?)"', text)[1]
+    assert (workbook / "notebooks" / handed_over).samefile(workbook / "runs" / "other")
+
+
+@pytest.mark.slow
+def test_04_stops_after_the_plan_when_asked_to(workbook):
+    notebook = run_with(workbook, "04_run_study", **SMALL, study="planned", dry_run=True)
+    text = "".join(t for c in notebook.cells for t in output_texts(c))
+    assert "Runs: 4 in all, 4 to do." in text and "nothing was run" in text
+    assert not (workbook / "runs" / "planned").exists()
 
 
 BAD = {
