@@ -2254,11 +2254,15 @@ def _shared(data: DataSplits, column: str) -> pd.DataFrame:
 
 RECIPES = ("recommended", "paper", "linear", "demo")
 RESUME_SECONDS = 60.0  # a run writes its resume file at most this often
+FEATURE_BYTES = 2e9    # kept in memory for further linear evaluations; an image has 8 kB
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
     """How a backbone is fine-tuned. `FineTuneConfig()` is the recipe that we recommend.
+
+    The comment beside each of its defaults says why: literature, convention, or measured here
+    (by the script in bench/ that it names). None was tuned on the published weights.
 
     Attributes:
         recipe: one of RECIPES; the others come from `FineTuneConfig.named`.
@@ -2284,24 +2288,24 @@ class FineTuneConfig:
     """
 
     recipe: str = "recommended"
-    image_size: int = 224
-    epochs: int = 50
-    batch_size: int = 32
-    lr: float = 1e-3
-    backbone_lr: float = 1e-4
-    weight_decay: float = 1e-4
-    l2: bool = False
-    freeze_epochs: int = 5
-    warmup: float = 0.1
-    schedule: str = "cosine"
-    augment: tuple[str, ...] = ("affine",)
-    select_by: str = "AUC"
-    normalise: str = "checkpoint"
-    subset_rule: str = "stratified"
-    precision: str = "auto"
-    class_weights: bool = False
-    accumulate: int = 1
-    lr_candidates: tuple[float, ...] = ()
+    image_size: int = 224  # convention: the authors' size, and that of the ImageNet weights
+    epochs: int = 50  # literature: ~700 steps for 425 images; BiT takes 500 (Kolesnikov 2020)
+    batch_size: int = 32  # literature: 2 to 32 generalise best (Masters and Luschi 2018)
+    lr: float = 1e-3  # literature: Adam's default (Kingma and Ba 2015)
+    backbone_lr: float = 1e-4  # literature: pre-trained layers move less (Howard and Ruder 2018)
+    weight_decay: float = 1e-4  # convention: ResNet's (He et al. 2016); with AdamW next to none
+    l2: bool = False  # literature: decay apart from the gradient (Loshchilov and Hutter 2019)
+    freeze_epochs: int = 5  # literature: a random head would spoil features (Kumar et al. 2022)
+    warmup: float = 0.1  # literature: Adam's first steps are too large (Ma and Yarats 2021)
+    schedule: str = "cosine"  # literature: Loshchilov and Hutter 2017
+    augment: tuple[str, ...] = ("affine",)  # literature: usual for CT (Chlap et al. 2021)
+    select_by: str = "AUC"  # literature: finer than accuracy on few images (Ling et al. 2003)
+    normalise: str = "checkpoint"  # convention: preprocessing belongs to weights (torchvision)
+    subset_rule: str = "stratified"  # measured: class shares vary half as much (real_images.py)
+    precision: str = "auto"  # literature: bf16 trains a ResNet50 as fp32 does (Kalamkar 2019)
+    class_weights: bool = False  # convention: off; AUC does not depend on the class shares
+    accumulate: int = 1  # convention: off; BatchNorm would see parts of a batch
+    lr_candidates: tuple[float, ...] = ()  # convention: off; it multiplies the cost
 
     def __post_init__(self) -> None:
         _choose(self.recipe, RECIPES, "recipe")
@@ -2438,11 +2442,10 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
     """Freeze and unfreeze the parameters of a ResNet, and switch its BatchNorm layers."""
     model.train(phase.batchnorm_moves)
     model.requires_grad_(phase.trainable == "all")
-    model.fc.requires_grad_(True)
-    if phase.trainable == "head+bn":
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(True)
+    for module in model.modules():
+        if module is model.fc or phase.trainable == "head+bn" and isinstance(
+                module, nn.BatchNorm2d):
+            module.requires_grad_(True)
 
 
 def lr_factor(config: FineTuneConfig, step: int, steps: int) -> float:
@@ -2457,10 +2460,10 @@ def lr_factor(config: FineTuneConfig, step: int, steps: int) -> float:
 
 def make_optimizer(model: nn.Module, config: FineTuneConfig) -> torch.optim.Optimizer:
     """Return Adam or AdamW with two groups: the backbone's parameters, then the head's."""
-    head = list(model.fc.parameters())
     backbone = [p for n, p in model.named_parameters() if not n.startswith("fc.")]
     kind = torch.optim.Adam if config.l2 else torch.optim.AdamW
-    groups = [{"params": backbone, "lr": config.backbone_lr}, {"params": head, "lr": config.lr}]
+    groups = [{"params": backbone, "lr": config.backbone_lr},
+              {"params": model.fc.parameters(), "lr": config.lr}]
     return kind(groups, weight_decay=config.weight_decay, fused=True)
 
 
@@ -2521,11 +2524,6 @@ def _class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     return counts.sum() / (n_classes * counts.clamp_min(1).float())
 
 
-def _probabilities(logits: torch.Tensor, labels_ndim: int) -> np.ndarray:
-    """Softmax of (N, C) logits, or a sigmoid for each of several labels."""
-    return (logits.sigmoid() if labels_ndim == 2 else logits.softmax(1)).numpy()
-
-
 class Progress:
     """Shows a run: a bar and, in a notebook, a live curve; or a line an epoch; or nothing.
 
@@ -2540,10 +2538,6 @@ class Progress:
         self.how = ("bar" if _is_watched() else "log") if how == "auto" else how
         self.bar = tqdm(total=total, desc=title, unit="img", disable=self.how != "bar")
         self.title, self.curve = title, None
-
-    def images(self, n: int) -> None:
-        """Note that `n` more images were trained on."""
-        self.bar.update(n)
 
     def epoch(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Show the epoch that ended, the last row of `history`."""
@@ -2589,7 +2583,7 @@ class BusyError(TrainingError):
 def train_one_epoch(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer,
     config: FineTuneConfig, preprocessing: Preprocessing, *, epoch: int, seed: int,
-    tick: Callable[[int], None] = lambda images: None,
+    tick: Callable[[int], Any] = lambda images: None,
 ) -> tuple[float, int | None, torch.Tensor]:
     """Train once over the images; every random choice follows from `seed` and `epoch`.
 
@@ -2653,11 +2647,11 @@ def predict(
 def evaluate(
     model: nn.Module, split: Split, preprocessing: Preprocessing, **options: Any,
 ) -> tuple[float, dict[str, float | None], np.ndarray]:
-    """Return the mean cross-entropy, the scores (see `score`) and the (N, C) probabilities."""
+    """Return the mean loss, the scores (see `score`) and the (N, C) probabilities."""
     logits = predict(model, split.images, preprocessing, **options)
     loss = _loss(logits, torch.as_tensor(split.labels)).item()
-    probabilities = _probabilities(logits, split.labels.ndim)
-    return loss, score(split.labels, probabilities), probabilities
+    scores = (logits.sigmoid() if split.labels.ndim == 2 else logits.softmax(1)).numpy()
+    return loss, score(split.labels, scores), scores
 
 
 @dataclass(frozen=True)
@@ -2690,30 +2684,18 @@ def _settings(
     report: KeyReport, data: DataSplits, config: FineTuneConfig, subset: np.ndarray,
     label_fraction: float, seed: int, fingerprints: tuple[str, str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that decides a run's result, JSON-ready.
-
-    Args:
-        fingerprints: of the data, its test part and the subset, where they are known already.
-    """
+    """Return everything that decides a run's result, JSON-ready; `fingerprints` (of data, test
+    part and subset) save time where they are known already."""
     of_data, of_test, of_subset = fingerprints or (
         data.fingerprint, data.test.fingerprint, data.train.take(subset).ids_fingerprint)
     demo = report.demo or data.demo or config.recipe == "demo"
     return {
-        "dataset": data.name,
-        "dataset_fingerprint": of_data,
-        "test_fingerprint": of_test,
-        "class_names": list(data.class_names),
-        "method": report.method,
-        "weights": report.weights,
-        "weights_fingerprint": report.fingerprint,
-        "allow_extra": list(report.allow_extra),
-        "label_fraction": label_fraction,
-        "seed": seed,
-        "n_train": len(subset),
-        "subset_fingerprint": of_subset,
-        **dataclasses.asdict(config),
-        "augment": list(config.augment),
-        "lr_candidates": list(config.lr_candidates),
+        "dataset": data.name, "dataset_fingerprint": of_data, "test_fingerprint": of_test,
+        "class_names": list(data.class_names), "method": report.method, "weights": report.weights,
+        "weights_fingerprint": report.fingerprint, "allow_extra": list(report.allow_extra),
+        "label_fraction": label_fraction, "seed": seed, "n_train": len(subset),
+        "subset_fingerprint": of_subset, **dataclasses.asdict(config),
+        "augment": list(config.augment), "lr_candidates": list(config.lr_candidates),
         "stamp": "DEMO" if demo else "SHORT" if config.short else "",
     }
 
@@ -2751,14 +2733,18 @@ def add_head(model: nn.Module, n_classes: int, seed: int) -> nn.Module:
     return model
 
 
-def _selection_key(
-    config: FineTuneConfig, loss: float, scores: Mapping[str, Any], prefix: str = "",
-) -> tuple[float, ...]:
-    """Return what a better epoch has more of; the loss breaks ties of the AUC."""
-    if config.select_by == "loss":
-        return (-loss,)
-    value = scores[prefix + config.select_by]
-    return (value, -loss) if config.select_by == "AUC" else (value,)
+def _validated(evaluated: tuple, began: float) -> dict[str, Any]:
+    """Return the end of a row of history: what `evaluate` says of validation, and the seconds."""
+    loss, scores, _ = evaluated
+    return {"val_loss": loss, **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
+            "seconds": time.perf_counter() - began}
+
+
+def _best_row(config: FineTuneConfig, history: Sequence[Mapping[str, Any]]) -> int:
+    """Return the first of the rows that are best on validation; the loss breaks ties of the AUC."""
+    keys = [{"loss": (-row["val_loss"],), "ACC": (row["val_ACC"],),
+             "AUC": (row["val_AUC"], -row["val_loss"])}[config.select_by] for row in history]
+    return keys.index(max(keys))
 
 
 def _save_resume(path: Path, **state: Any) -> None:
@@ -2774,141 +2760,143 @@ def _save_resume(path: Path, **state: Any) -> None:
 
 def _train(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    seed: int, resume: Path, shown: Progress, save_at: int = 0,
-) -> tuple[list[dict[str, Any]], int]:
-    """Fine-tune `model` in place, from the resume file if there is one; load the best epoch.
+    seed: int, folder: Path, shown: Progress, resume: str = "last.pt", save_at: int = 0,
+) -> list[dict[str, Any]]:
+    """Fine-tune in place, from the resume file if there is one; load the best epoch's weights.
+    Return a row per epoch.
 
     Args:
-        resume: path of the resume file, written at most every RESUME_SECONDS ...
+        resume: name of the resume file, written at most every RESUME_SECONDS ...
         save_at: ... and after this many epochs (0: never).
-
-    Returns:
-        One row per epoch, and the best epoch (from 0).
     """
     device = next(model.parameters()).device
-    precision = _precision(config, device)
     images, labels = (torch.as_tensor(a).to(device) for a in (train.images, train.labels))
-    optimizer = make_optimizer(model, config)
-    history, best, best_key, start = [], {}, None, 0
-    if resume.exists():
-        state = torch.load(resume, map_location=device, weights_only=True)
+    optimizer, history, best = make_optimizer(model, config), [], {}
+    if (folder / resume).exists():
+        state = torch.load(folder / resume, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        history, best, best_key = state["history"], state["best"], state["best_key"]
-        start = len(history)
+        history, best = state["history"], state["best"]
+        shown.bar.update(len(history) * len(labels))
     saved = time.monotonic()
-    for epoch in range(start, config.epochs):
+    for epoch in range(len(history), config.epochs):
         began = time.perf_counter()
         loss, bad, batch = train_one_epoch(
             model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed,
-            tick=shown.images)
+            tick=shown.bar.update)
         if bad is not None:
             if best:
-                _save_weights(resume.with_name("best.safetensors"), best)
+                _save_weights(folder / "best.safetensors", best)
             raise TrainingError(
                 f"The loss is not finite at epoch {epoch}, step {bad}, on images "
-                f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs are "
-                f"kept in {resume.parent.name}. Check these images, or lower lr "
+                f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs, if "
+                f"any, are kept in {folder.name}. Check these images, or lower lr "
                 f"(now {config.lr:g}).")
-        val_loss, scores, _ = evaluate(model, val, prep, precision=precision)
-        history.append({"epoch": epoch, "train_loss": loss, "val_loss": val_loss,
-                        **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
-                        "lr": optimizer.param_groups[1]["lr"],
-                        "backbone_lr": optimizer.param_groups[0]["lr"],
-                        "seconds": time.perf_counter() - began})
+        of_backbone, of_head = (group["lr"] for group in optimizer.param_groups)
+        validation = evaluate(model, val, prep, precision=_precision(config, device))
+        history.append({"epoch": epoch, "train_loss": loss, "lr": of_head,
+                        "backbone_lr": of_backbone, **_validated(validation, began)})
         shown.epoch(history)
-        key = _selection_key(config, val_loss, scores)
-        if best_key is None or key > tuple(best_key):
-            best_key = key
+        if _best_row(config, history) == epoch:
             best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         if time.monotonic() - saved > RESUME_SECONDS or epoch + 1 == save_at:
-            _save_resume(resume, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         history=history, best=best, best_key=best_key)
+            _save_resume(folder / resume, history=history, best=best, model=model.state_dict(),
+                         optimizer=optimizer.state_dict())
             saved = time.monotonic()
     model.load_state_dict(best)
-    keys = [_selection_key(config, row["val_loss"], row, "val_") for row in history]
-    return history, keys.index(max(keys))
+    return history
 
 
 def _race(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
     seed: int, folder: Path, shown: Progress,
-) -> tuple[list[dict[str, Any]], int]:
+) -> list[dict[str, Any]]:
     """Train once with each of `config.lr_candidates` and load the best into `model`.
 
     Validation alone decides. The history holds every epoch of every rate.
     """
-    start = copy.deepcopy(model.state_dict())
-    history, best_key, best_row, best = [], None, 0, start
+    start, history = copy.deepcopy(model.state_dict()), []
     for rate in config.lr_candidates:
         model.load_state_dict(start)
-        tried = dataclasses.replace(
-            config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr, lr_candidates=())
-        rows, row = _train(model, train, val, tried, prep, seed, folder / f"last_{rate:g}.pt",
-                           shown, save_at=config.epochs)
-        key = _selection_key(config, rows[row]["val_loss"], rows[row], "val_")
-        if best_key is None or key > best_key:
-            best_key, best_row, best = key, len(history) + row, copy.deepcopy(model.state_dict())
-        history += [{"lr_candidate": rate, **r} for r in rows]
+        tried = replace(config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr,
+                        lr_candidates=())
+        rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
+                      save_at=config.epochs)
+        history += [{"lr_candidate": rate, **row} for row in rows]
+        if _best_row(config, history) >= len(history) - len(rows):
+            best = copy.deepcopy(model.state_dict())
     model.load_state_dict(best)
-    return history, best_row
+    return history
+
+
+_kept_features: dict[tuple, DataSplits] = {}  # in this process, the newest last
+
+
+def _features(
+    net: nn.Module, data: DataSplits, prep: Preprocessing, *key: Any,
+) -> DataSplits:
+    """Return the data with features (N, 2048) for images: once for all fractions and seeds.
+
+    Always of all images and in the same batches, so that kept features have the bits of new ones.
+    They are found again by `prep` and `key`: device, fingerprints of data and backbone.
+    """
+    found = _kept_features.pop((prep, *key), None)
+    if found is None:
+        head, net.fc = net.fc, nn.Identity()
+        found = replace(data, **{name: replace(part, images=predict(
+            net, part.images, prep).numpy()) for name in SPLITS for part in [getattr(data, name)]})
+        net.fc = head
+    _kept_features[prep, *key] = found
+    sizes = [8192 * sum(len(getattr(d, name)) for name in SPLITS) for d in _kept_features.values()]
+    while len(sizes) > 1 and sum(sizes) > FEATURE_BYTES:
+        del _kept_features[next(iter(_kept_features))], sizes[0]
+    return found
 
 
 def _fit_linear(
-    model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    shown: Progress,
-) -> tuple[list[dict[str, Any]], int]:
-    """Put a logistic regression on frozen features into `model.fc`; L2 strength by validation.
+    head: nn.Linear, train: Split, val: Split, config: FineTuneConfig, shown: Progress,
+) -> list[dict[str, Any]]:
+    """Put a logistic regression on features (n, 2048) into `head`; L2 strength by validation.
 
     The protocol is that of Kornblith et al. 2019 (Do Better ImageNet Models Transfer Better?):
     features in evaluation mode, L-BFGS, the regularisation picked on validation data.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    head, model.fc = model.fc, nn.Identity()
-    features, val_features = (predict(model, s.images, prep) for s in (train, val))
-    model.fc = head
-    mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
-    history, best_key = [], None
+    x = train.images
+    mean, std = x.mean(0, dtype=float), x.std(0, dtype=float).clip(1e-6)
+    history, fits = [], []
     for row, strength in enumerate(np.logspace(-5, 1, 7)):
         began = time.perf_counter()
-        fit = LogisticRegression(C=strength, max_iter=2000)
-        fit.fit(((features - mean) / std).double().numpy(), train.labels)
-        weight, bias = _as_softmax(fit, len(head.bias))
+        weight, bias = _logistic((x - mean) / std, train.labels, strength, head.out_features)
         weight = weight / std                                  # undo the scaling: (C, 2048)
-        bias = bias - weight @ mean
-        logits = val_features @ weight.T + bias
-        val_loss = F.cross_entropy(logits, torch.as_tensor(val.labels)).item()
-        scores = score(val.labels, logits.softmax(1).numpy())
-        history.append({"epoch": row, "C": strength, "val_loss": val_loss,
-                        **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
-                        "seconds": time.perf_counter() - began})
+        fits.append({"weight": torch.tensor(weight), "bias": torch.tensor(bias - weight @ mean)})
+        head.load_state_dict(fits[-1])
+        validation = evaluate(head, val, nn.Identity())
+        history.append({"epoch": row, "C": strength, **_validated(validation, began)})
         shown.epoch(history)
-        key = _selection_key(config, val_loss, scores)
-        if best_key is None or key > best_key:
-            best_key, best_row = key, row
-            head.weight.data.copy_(weight)
-            head.bias.data.copy_(bias)
-    return history, best_row
+    head.load_state_dict(fits[_best_row(config, history)])
+    return history
 
 
-def _as_softmax(fit: Any, n_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scikit-learn's coefficients as softmax weight (C, D) and bias (C,)."""
-    coef, intercept, classes = fit.coef_, fit.intercept_, fit.classes_
-    if len(classes) == 2:  # one row in scikit-learn: the log-odds of the second class
-        coef, intercept = np.vstack([0 * coef, coef]), np.append(0, intercept)
-    weight, bias = torch.zeros(n_classes, coef.shape[1]), torch.full((n_classes,), -1e4)
-    weight[classes] = torch.as_tensor(coef, dtype=torch.float32)
-    bias[classes] = torch.as_tensor(intercept, dtype=torch.float32)
-    return weight, bias  # a class without a training image keeps a bias that never wins
+def _logistic(
+    x: np.ndarray, labels: np.ndarray, strength: float, n_classes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's weight (C, D) and bias (C,) for softmax, or a sigmoid per label."""
+    from sklearn.linear_model import LogisticRegression
+
+    several = labels.ndim == 2
+    fits = [LogisticRegression(C=strength, max_iter=2000).fit(x, column)
+            for column in (labels.T if several else [labels])]
+    coef = np.concatenate([np.column_stack([fit.intercept_, fit.coef_]) for fit in fits])
+    if len(coef) == 1 and not several:  # the log-odds of the second of two classes
+        coef = np.vstack([0 * coef, coef])
+    rows = np.zeros((n_classes, 1 + x.shape[1]))
+    rows[:, 0] = -1e4  # a class without a training image has a bias that never wins
+    rows[np.arange(n_classes) if several else fits[0].classes_] = coef
+    return rows[:, 1:], rows[:, 0]
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device called `device`; "auto" takes a GPU if there is one.
-
-    Raises:
-        ValueError: the device was asked for by name and is not there.
-    """
+    """Return the device called `device`, if it is here; "auto" takes a GPU if there is one."""
     mps = torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -2961,9 +2949,8 @@ def _check_trainable(config: FineTuneConfig, data: DataSplits) -> None:
     for name in SPLITS:
         if len(getattr(data, name)) == 0:
             raise ValueError(f"{data.name} has no {name} images. Training needs all three parts.")
-    labels = data.val.labels
-    present = labels.any(0) & (labels == 0).any(0) if labels.ndim == 2 else np.isin(
-        np.arange(len(data.class_names)), labels)
+    labels, classes = data.val.labels, np.arange(len(data.class_names))
+    present = np.isin(classes, labels) if labels.ndim == 1 else labels.any(0) & ~labels.all(0)
     if config.select_by == "AUC" and not present.all():
         names = ", ".join(np.array(data.class_names)[~present])
         raise ValueError(f"{data.name}: validation has no image of {names}, or no other image, so "
@@ -3031,20 +3018,22 @@ def fine_tune(
         began = time.perf_counter()
         net = add_head(model, len(data.class_names), seed)
         net = net.to(where, memory_format=torch.channels_last)
-        train, prep = data.train.take(subset), preprocessing_for(config, data, report.method)
-        rates = max(1, len(config.lr_candidates))
-        shown = Progress(progress, rates * config.epochs * len(train),
-                         f"{report.method} on {data.name}")
-        if config.recipe == "linear":
-            history, best = _fit_linear(net, train, data.val, config, prep, shown)
-        elif config.lr_candidates:
-            history, best = _race(net, train, data.val, config, prep, seed, folder, shown)
+        prep, linear = preprocessing_for(config, data, report.method), config.recipe == "linear"
+        passes = 1 if linear else config.epochs * max(1, len(config.lr_candidates))
+        shown = Progress(progress, passes * len(subset), f"{report.method} on {data.name}")
+        if linear:  # of all that follows, only the head
+            seen = _features(net, data, prep, settings["dataset_fingerprint"], where,
+                             _fingerprint({k: v.cpu() for k, v in model.state_dict().items()}))
+            shown.bar.update(len(subset))
+            last, look = net.fc, nn.Identity()
+            history = _fit_linear(last, seen.train.take(subset), seen.val, config, shown)
         else:
-            history, best = _train(net, train, data.val, config, prep, seed, folder / "last.pt",
-                                   shown)
+            last, seen, look = net, data, prep
+            history = (_race if config.lr_candidates else _train)(
+                net, data.train.take(subset), data.val, config, prep, seed, folder, shown)
         shown.bar.close()
-        trained = time.perf_counter()
-        results = {part: evaluate(net, getattr(data, part), prep) for part in ("val", "test")}
+        trained, best = time.perf_counter(), _best_row(config, history)
+        results = {part: evaluate(last, getattr(seen, part), look) for part in ("val", "test")}
         if keep_best:
             _save_weights(folder / "best.safetensors", net.state_dict())
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
@@ -3053,8 +3042,8 @@ def fine_tune(
         _write_json(folder / "metrics.json", {
             **score(data.test.labels, results["test"][2], threshold=threshold),
             "threshold": threshold, "loss": results["test"][0], "n_test": len(data.test),
-            "lr": history[best].get("lr_candidate", config.lr),
-            "val": results["val"][1], "best_epoch": best, "train_seconds": trained - began,
+            "lr": history[best].get("lr_candidate", config.lr), "val": results["val"][1],
+            "best_epoch": best, "train_seconds": trained - began,
             "seconds": time.perf_counter() - began, "memory_gb": _peak_memory(where),
             "mean": prep.mean, "std": prep.std,
         })
@@ -3939,7 +3928,7 @@ def run_study(
     for n, (k, error) in enumerate(_work_off(todo, _workers(executor, workers)), start=1):
         errors[left[k]] = error
         spent += work[left[k]]
-        shown.images(int(work[left[k]]))
+        shown.bar.update(int(work[left[k]]))
         shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
         if shown.how == "log":
             rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
