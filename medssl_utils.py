@@ -3572,17 +3572,14 @@ ATTEMPTS = 3           # a cell is given up when its worker has died so often
 _one_at_a_time = threading.Lock()
 
 
-class _Here(Executor):
-    """Runs a call at once, in this process."""
-
-    def submit(self, fn: Callable, /, *args: Any, **options: Any) -> Future:
-        """Call `fn` now; the future holds its result or its error."""
-        future = Future()
-        try:
-            future.set_result(fn(*args, **options))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+def _call(fn: Callable, /, *args: Any, **options: Any) -> Future:
+    """Call `fn` now, in this process; the future holds its result or its error."""
+    future = Future()
+    try:
+        future.set_result(fn(*args, **options))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -3605,7 +3602,7 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
 @functools.lru_cache(maxsize=8)
 def _once(token: int, load: Callable, name: str, **options: Any) -> Future:
     """Load something once for all cells of a study in this process; an error is kept as well."""
-    return _Here().submit(load, name, **options)
+    return _call(load, name, **options)
 
 
 def _cell_data(cell: Mapping[str, Any]) -> tuple[FineTuneConfig, DataSplits]:
@@ -3626,79 +3623,55 @@ def _cell_backbone(cell: Mapping[str, Any]) -> tuple[nn.Module, KeyReport]:
                  seed=cell["seed"] if cell["method"] == "random" else 0).result()
 
 
-@functools.lru_cache(maxsize=2)
-def _fingerprints(data: DataSplits) -> tuple[str, str]:
-    """Return the fingerprints of data that only a study holds, so that nobody changes them."""
-    return data.fingerprint, data.test.fingerprint
-
-
 @functools.lru_cache(maxsize=64)
-def _subset(
-    data: DataSplits, fraction: float, seed: int, rule: str,
-) -> tuple[np.ndarray, tuple[str, str, str]]:
-    """Return a label subset, and the fingerprints of data, test part and subset."""
+def _known(data: DataSplits, *asked: Any) -> tuple[np.ndarray, tuple[str, str, str]]:
+    """Return a label subset, and the fingerprints of data, test part and subset. They are kept:
+    only a study holds these data, so that nobody changes them."""
+    if not asked:
+        return np.arange(0), (data.fingerprint, data.test.fingerprint, "")
+    fraction, seed, rule = asked
     subset = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
                           rule=rule)
-    return subset, (*_fingerprints(data), data.train.take(subset).ids_fingerprint)
+    return subset, (*_known(data)[1][:2], data.train.take(subset).ids_fingerprint)
 
 
 def _cell_folder(cell: Mapping[str, Any]) -> Path:
     """Return the run folder of a cell; its name follows from weights and data, which are read."""
     config, data = _cell_data(cell)
-    fraction, seed = cell["label_fraction"], cell["seed"]
-    subset, fingerprints = _subset(data, fraction, seed, config.subset_rule)
-    settings = _settings(_cell_backbone(cell)[1], data, config, subset, fraction, seed,
-                         fingerprints)
+    asked = cell["label_fraction"], cell["seed"]
+    subset, fingerprints = _known(data, *asked, config.subset_rule)
+    settings = _settings(_cell_backbone(cell)[1], data, config, subset, *asked, fingerprints)
     return Path(cell["runs_dir"], cell["study"], run_name(settings))
 
 
-def _look(cell: Mapping[str, Any], begun: Container[str]) -> dict[str, Any]:
-    """Return a cell's row: what is asked for, how far its run folder is, how much work it is.
-
-    Args:
-        begun: names of run folders without their digest. Others need not be looked for, which
-            saves reading the weights.
-    """
-    row = {name: value for name, value in cell.items() if name not in (*WHERE, "token")}
-    row |= {"status": "to do", "error": "", "folder": None, "n_train": 0, "images": 0,
-            "seconds": 0.0, "gigabytes": 0.0}
-    try:
-        _choose(cell["method"], (*METHODS, *CONTROLS), "method")
-        config, data = _cell_data(cell)
-        n, n_val, n_test = cell["label_fraction"] * len(data.train), len(data.val), len(data.test)
-        epochs = 1 if config.recipe == "linear" else config.epochs * max(
-            1, len(config.lr_candidates))
-        row["n_train"] = round(n)  # below: a forward pass is a third of a training step
-        row["images"] = round(epochs * (n + n_val / 3) + (n_val + n_test) / 3)
-        if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
-            row["folder"] = _cell_folder(cell)
-            files = [(row["folder"] / name).exists() for name in ("metrics.json", "config.json")]
-            row["status"] = "done" if files[0] else "unfinished" if files[1] else "to do"
-    except Exception as error:  # the other cells can run
-        row["error"] = f"{type(error).__name__}: {error}"
-    return row
-
-
-def _look_all(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of all cells."""
+def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row a cell: what is asked for, how far its run folder is, how much work it is."""
     roots = {Path(cell["runs_dir"], cell["study"]) for cell in cells}
     begun = {path.name.rpartition("_")[0] for r in roots if r.is_dir() for path in r.iterdir()}
-    return [_look(cell, begun) for cell in cells]
-
-
-def _rate(
-    rows: Sequence[Mapping[str, Any]], cell: Mapping[str, Any], executor: Executor | None,
-) -> tuple[float, str]:
-    """Return seconds per image, from the finished runs among `rows` or timed, and which of both."""
-    done = [row for row in rows if row["status"] == "done"][:50]
-    if done:
-        spent = [json.loads((row["folder"] / "metrics.json").read_text()) for row in done]
-        return float(np.median([s["seconds"] / row["images"] for s, row in zip(spent, done)])), \
-            f"rate of {len(done)} finished"
-    try:
-        return (executor or _Here()).submit(_time_steps, cell).result(), "rate of timed steps"
-    except Exception as error:  # the cell will fail likewise, and be listed
-        return math.nan, f"no rate, {type(error).__name__}: {error}"
+    alike = [str({**cell, "label_fraction": 0, "seed": cell["method"] == "random" and cell["seed"]})
+             for cell in cells]  # these share the features of a linear evaluation
+    rows, sharing = [], Counter(alike)
+    for cell, key in zip(cells, alike):
+        row = {name: value for name, value in cell.items() if name not in (*WHERE, "token")}
+        row |= {"status": "to do", "error": "", "folder": None, "n_train": 0, "images": 0,
+                "seconds": 0.0, "gigabytes": 0.0}
+        try:
+            _choose(cell["method"], (*METHODS, *CONTROLS), "method")
+            config, data = _cell_data(cell)
+            n_train, n_val, n_test = (len(getattr(data, name)) for name in SPLITS)
+            row["n_train"] = round(cell["label_fraction"] * n_train)
+            epochs = config.epochs * max(1, len(config.lr_candidates))
+            row["images"] = math.ceil(  # a forward pass: a third of a step; in "linear" the step
+                (n_train + n_val + n_test) / sharing[key] if config.recipe == "linear" else
+                epochs * (row["n_train"] + n_val / 3) + (n_val + n_test) / 3)
+            if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
+                row["folder"] = _cell_folder(cell)  # for others no weights need to be read
+                files = [(row["folder"] / f).exists() for f in ("metrics.json", "config.json")]
+                row["status"] = "done" if files[0] else "unfinished" if files[1] else "to do"
+        except Exception as error:  # the other cells can run
+            row["error"] = f"{type(error).__name__}: {error}"
+        rows.append(row)
+    return rows
 
 
 def _time_steps(cell: Mapping[str, Any]) -> float:
@@ -3718,54 +3691,60 @@ def _time_steps(cell: Mapping[str, Any]) -> float:
     return float(np.median(times[1:])) / len(labels)
 
 
+def _rate(
+    done: Sequence[Mapping[str, Any]], cell: Mapping[str, Any], executor: Executor | None,
+) -> tuple[float, str]:
+    """Return seconds per image, of finished runs or timed, and which of both."""
+    spent = [json.loads((row["folder"] / "metrics.json").read_text())["seconds"] for row in done]
+    if done:
+        return sum(spent) / sum(row["images"] for row in done), f"rate of {len(done)} finished"
+    try:
+        submit = executor.submit if executor else _call
+        return submit(_time_steps, cell).result(), "rate of timed steps"
+    except Exception as error:  # the cell will fail likewise, and be listed
+        return math.nan, f"no rate, {type(error).__name__}: {error}"
+
+
 def plan_study(
-    grid: Mapping[str, Sequence[Any]], *, executor: Executor | None = None, **fixed: Any,
+    grid: Mapping[str, Sequence[Any]] | list[dict[str, Any]], *, executor: Executor | None = None,
+    **fixed: Any,
 ) -> pd.DataFrame:
     """Say what `run_study` with these arguments would do, and what that costs.
 
     Returns:
         A row a cell, in the order of running: what is asked for, `status` ("done", "unfinished",
-        "to do"), `error` (why it can't run), `folder` (where begun), `n_train` (about), `images`
-        (the work, in training images), `seconds` and `gigabytes` (left to spend).
+        "to do"), `error` (why it can't run), `folder` (where begun), `n_train` and `images` (the
+        work, in training images), `seconds` and `gigabytes` (left to spend), all about.
         `attrs["summary"]` says it in two sentences, with the source of the rate.
     """
-    return _plan(_cells(grid, fixed), executor)
-
-
-def _plan(cells: Sequence[Mapping[str, Any]], executor: Executor | None) -> pd.DataFrame:
-    """Return the table of `plan_study`; one rate holds for one recipe and image size."""
-    rows, kinds, rates = _look_all(cells), {}, set()
+    cells = grid if isinstance(grid, list) else _cells(grid, fixed)
+    rows, rates = _look(cells), {}
     for cell, row in zip(cells, rows):
-        kinds.setdefault((cell["recipe"], cell.get("image_size")), []).append((cell, row))
-    for members in kinds.values():
-        left = [(c, row) for c, row in members if row["status"] != "done" and not row["error"]]
-        if left:
-            rate, source = _rate([row for _, row in members], left[0][0], executor)
-            rates.add(source)
-            for cell, row in left:  # besides the weights a run keeps about 1 MB
-                row |= {"seconds": rate * row["images"],
-                        "gigabytes": (1e6 + WEIGHT_BYTES * cell["keep_best"]) / 1e9}
-    count = Counter("can't run" if row["error"] else row["status"] for row in rows)
-    seconds, size = (sum(row[name] for row in rows) for name in ("seconds", "gigabytes"))
-    hours = "unknown time" if math.isnan(seconds) else tqdm.format_interval(seconds)
+        if row["status"] != "done" and not row["error"]:
+            kind = cell["recipe"], cell.get("image_size")  # for which one rate holds
+            if kind not in rates:
+                rates[kind] = _rate([r for c, r in zip(cells, rows) if r["status"] == "done" and (
+                    c["recipe"], c.get("image_size")) == kind][:50], cell, executor)
+            row["seconds"] = rates[kind][0] * row["images"]  # besides weights it keeps about 1 MB
+            row["gigabytes"] = (1e6 + WEIGHT_BYTES * cell["keep_best"]) / 1e9
     plan = pd.DataFrame(rows)
-    counts = ", ".join(f"{n} {name}" for name, n in count.items())
-    plan.attrs["summary"] = f"Runs: {len(rows)} in all, {counts}. " + (
-        f"Left: {hours} one after another ({', '.join(sorted(rates))}), {size:.2g} GB to keep, and "
+    states = plan["status"].mask(plan["error"] != "", "can't run").value_counts(sort=False)
+    seconds, size = plan["seconds"].sum(skipna=False), plan["gigabytes"].sum()
+    hours = "unknown time" if math.isnan(seconds) else tqdm.format_interval(seconds)
+    sources = ", ".join(sorted({source for _, source in rates.values()}))
+    plan.attrs["summary"] = ", ".join([f"Runs: {len(rows)} in all", *(
+        f"{n} {state}" for state, n in states.items())]) + (
+        f". Left: {hours} one after another ({sources}), {size:.2g} GB to keep, and "
         f"{4 * WEIGHT_BYTES / 1e9:.1f} GB more while a run of over a minute lasts."
-        if rates else "Nothing is left to run.")
+        if rates else ". Nothing is left to run.")
     return plan
 
 
 def run_notebook(
     notebook: str | Path, output: str | Path, parameters: Mapping[str, Any],
 ) -> Path:
-    """Execute a notebook with papermill, in its own folder, and return the executed copy.
-
-    Raises:
-        ValueError: a parameter that the notebook does not have (papermill would only warn).
-        papermill.PapermillExecutionError: a cell failed; the executed copy shows where.
-    """
+    """Execute a notebook with papermill, in its own folder, and return the executed copy. A
+    parameter that it does not have is a ValueError (papermill would only warn)."""
     import papermill
 
     known = papermill.inspect_notebook(str(notebook))
@@ -3791,21 +3770,18 @@ def _run_in_notebook(cell: Mapping[str, Any]) -> None:
 
 def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
     """Run one cell in this process; return the kind of its error and what it says, "" if none.
-
-    Args:
-        moment: makes each call another one, for executors that remember results.
-    """
+    `moment` makes each call another one, for executors that remember results."""
     if not _one_at_a_time.acquire(blocking=False):
         return "threads", ("Two runs at once in one process would share random state. Give every "
                            "worker one thread (Dask: threads_per_worker=1).")
+    names = "label_fraction", "seed", "study", "runs_dir", "device", "keep_best"
     try:
         if cell["notebook"]:
             _run_in_notebook(cell)
         else:
             config, data = _cell_data(cell)
-            fine_tune(*_cell_backbone(cell), data, config, progress="none", **{
-                name: cell[name] for name in ("label_fraction", "seed", "study", "runs_dir",
-                                              "device", "keep_best")})
+            fine_tune(*_cell_backbone(cell), data, config, progress="none",
+                      **{name: cell[name] for name in names})
     except Exception as error:  # one bad cell never stops the rest
         kind = getattr(error, "ename", type(error).__name__)  # papermill names the notebook's own
         return kind, f"{kind}: {getattr(error, 'evalue', error)}"
@@ -3814,48 +3790,26 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
     return "", ""
 
 
-def _outcome(future: Future) -> tuple[str, str]:
-    """Return what `_run_cell` returned, or what kept it from returning."""
-    try:
-        return future.result()
-    except BrokenExecutor:
-        return "died", f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?"
-    except Exception as error:  # of the executor, such as Dask's KilledWorker
-        return type(error).__name__, f"{type(error).__name__}: {error}"
-
-
-@dataclass
-class _Worker:
-    """What runs one cell at a time; `renew` makes its executor anew, where that is ours to do."""
-
-    executor: Executor
-    device: str = "auto"
-    renew: Callable[[], Executor] | None = None
-
-
-def _workers(executor: Executor | None, n: int) -> list[_Worker]:
-    """Return the workers of a study. A local one is a pool of one process: if that dies, it is
-    known on which cell, and the others go on."""
-    if executor is not None:
-        return [_Worker(executor)] * 1024  # so many cells are handed over at a time
+def _workers(executor: Executor | None, n: int) -> list[dict[str, Any]]:
+    """Return what runs one cell at a time: a pool (None: this process), its device, and what makes
+    a new one. A local pool is of one process: if that dies, it is known on which cell."""
     gpus = torch.cuda.device_count()
     n = n or max(1, gpus)
-    if n == 1:
-        return [_Worker(_Here())]
-    threads = max(1, torch.get_num_threads() // n)
+    if executor is not None or n == 1:  # of a given one, so many cells are handed over at a time
+        return [{"pool": executor, "device": "auto"}] * (1024 if executor else 1)
     new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"),
-                            torch.set_num_threads, (threads,))
-    return [_Worker(new(), f"cuda:{k % gpus}" if gpus else "auto", new) for k in range(n)]
+                            torch.set_num_threads, (max(1, torch.get_num_threads() // n),))
+    return [{"pool": new(), "device": f"cuda:{k % gpus}" if gpus else "auto", "new": new}
+            for k in range(n)]
 
 
 def _work_off(
-    cells: Sequence[Mapping[str, Any]], free: list[_Worker],
+    cells: Sequence[Mapping[str, Any]], free: list[dict[str, Any]],
 ) -> Iterator[tuple[int, str]]:
     """Run every cell on a free worker; yield its index with "" or why it failed, as they end."""
-    own = [worker for worker in free if worker.renew]
+    own = [worker for worker in free if "new" in worker]
     waiting, busy, deaths = deque(range(len(cells))), [], Counter()
-    running: dict[Future, tuple[int, _Worker]] = {}
-    ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    running, ended = {}, queue.SimpleQueue()
     try:
         while waiting or busy or running:
             if not waiting and not running:  # another process is at all that is left
@@ -3863,21 +3817,25 @@ def _work_off(
                 waiting, busy = deque(busy), []
             while waiting and free:
                 i, worker = waiting.popleft(), free.pop()
-                here = {"device": worker.device} if cells[i]["device"] == "auto" else {}
-                future = worker.executor.submit(_run_cell, {**cells[i], **here}, time.time_ns())
+                here = {"device": worker["device"]} if cells[i]["device"] == "auto" else {}
+                submit = worker["pool"].submit if worker["pool"] else _call
+                future = submit(_run_cell, {**cells[i], **here}, time.time_ns())
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
-            future = ended.get()
-            i, worker = running.pop(future)
-            kind, error = _outcome(future)
-            if kind == "died":
-                if worker.renew is None:
+            i, worker = running.pop(future := ended.get())
+            try:
+                kind, error = future.result()
+            except BrokenExecutor:
+                if "new" not in worker:
                     raise BrokenExecutor("A worker of the given executor died and broke it. Call "
                                          "run_study again; workers=n replaces those that die.")
-                deaths[i] += 1
-                worker.executor = worker.renew()
+                worker["pool"], deaths[i] = worker["new"](), deaths[i] + 1
+                kind = "BusyError" if deaths[i] < ATTEMPTS else "died"
+                error = f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?"
+            except Exception as problem:  # of the executor, such as Dask's KilledWorker
+                kind, error = "", f"{type(problem).__name__}: {problem}"
             free.append(worker)
-            if kind == "BusyError" or kind == "died" and deaths[i] < ATTEMPTS:
+            if kind == "BusyError":
                 busy.append(i)
             else:
                 yield i, error
@@ -3885,7 +3843,7 @@ def _work_off(
         for future in running:
             future.cancel()
         for worker in own:
-            worker.executor.shutdown(wait=False, cancel_futures=True)
+            worker["pool"].shutdown(wait=False, cancel_futures=True)
 
 
 def run_study(
@@ -3895,16 +3853,14 @@ def run_study(
     """Run every combination of a grid of settings that isn't done yet.
 
     What it will cost is printed first (see `plan_study`). Interrupted runs are resumed; runs that
-    another process is at are looked at again at the end; what fails is listed with its reason and
-    stops nothing else. Call again to do what is left.
+    another process is at are looked at again at the end; what fails is listed and stops nothing.
 
     Args:
         grid: setting -> values, such as {"method": METHODS, "seed": [0, 1, 2]}. Settings are the
             names in ASKED and WHERE and the fields of `FineTuneConfig`.
-        executor: an executor of processes that see the same folders and run one call at a time,
-            such as Dask's `client.get_executor(pure=False)` with one thread a worker.
-        workers: local processes instead; one that dies is replaced. 0: one for each GPU; if that
-            makes one, the cells run in this process.
+        executor: of processes that see the same folders and run one call at a time, such as
+            Dask's `client.get_executor(pure=False)` with one thread a worker.
+        workers: local processes instead; 0: one for each GPU, on a CPU the cells run in this one.
         progress: "bar", "log" (a line a run), "none", or "auto": a bar where somebody watches.
         fixed: settings that all cells share. With `notebook` (notebooks/03_fine_tune.ipynb)
             papermill runs each cell, and its run folder keeps the executed notebook.
@@ -3919,7 +3875,7 @@ def run_study(
     if isinstance(executor, ThreadPoolExecutor):
         raise ValueError("Threads share random state. Give an executor of processes.")
     cells = _cells(grid, fixed)
-    plan = _plan(cells, executor)
+    plan = plan_study(cells, executor=executor)
     print(plan.attrs["summary"], flush=True)
     left = plan.index[(plan["status"] != "done") & (plan["error"] == "")]
     work, errors, began, spent = plan["images"], plan["error"].tolist(), time.monotonic(), 0
@@ -3935,7 +3891,7 @@ def run_study(
             print(f"{n} of {len(left)}, about {tqdm.format_interval(rest)} left: "
                   f"{' '.join(str(todo[k][name]) for name in grid)}: {error or 'done'}", flush=True)
     shown.bar.close()
-    return pd.DataFrame(_look_all(cells)).assign(error=errors)
+    return pd.DataFrame(_look(cells)).assign(error=errors)
 
 
 # =============================================================================
