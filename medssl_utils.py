@@ -3172,24 +3172,23 @@ def pool_by_patient(
     """Average the probabilities of each patient's images; images of unknown patients are left out.
 
     Args:
-        labels: (N,) class indices.
+        labels: (N,) class indices, or (N, L) of 0 and 1.
         scores: (N, C) probabilities.
         groups: (N,) patient ids, "" where unknown.
 
     Returns:
-        Labels (P,) and mean probabilities (P, C) of the P known patients.
+        Labels (P,) or (P, L) and mean probabilities (P, C) of the P known patients.
 
     Raises:
         ValueError: a patient's images carry different labels, so the patient has none.
     """
-    table = pd.DataFrame(scores).assign(label=labels, group=groups)
-    patients = table[table["group"] != ""].groupby("group")
-    mixed = patients["label"].nunique()
+    known = groups != ""
+    truth, chances = (pd.DataFrame(a[known]).groupby(groups[known]) for a in (labels, scores))
+    mixed = truth.nunique().max(axis=1)
     if (mixed > 1).any():
         raise ValueError(f"Images of patient {mixed.idxmax()!r} carry different labels: "
                          "score by image, or label the patients first.")
-    means = patients[list(range(scores.shape[1]))].mean()
-    return patients["label"].first().to_numpy(), means.to_numpy()
+    return truth.first().to_numpy().reshape(-1, *labels.shape[1:]), chances.mean().to_numpy()
 
 
 def bootstrap_interval(
@@ -3959,6 +3958,9 @@ def plot_confusion(run: Run) -> Figure:
     from sklearn.metrics import ConfusionMatrixDisplay
 
     names, labels = run.config["class_names"], run.predictions["labels"]
+    if labels.ndim == 2:
+        raise ValueError("With several labels an image, no class is taken for another: there is "
+                         "no confusion matrix. Score each label by itself (notebook 03).")
     side = 2.2 + 0.45 * len(names)
     figure, axis = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
     ConfusionMatrixDisplay.from_predictions(

@@ -11,6 +11,7 @@ import tokenize
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 
@@ -209,6 +210,35 @@ def test_05_compares_another_score(workbook):
     notebook = run_with(workbook, "05_compare_results", metric="ACC")
     text = "".join(t for c in notebook.cells for t in output_texts(c))
     assert "SparK" in text and "ACC" in text and "DEMO" in text
+
+
+def write_medmnist(path: Path, n_labels: int, n_classes: int, channels: int) -> None:
+    """A file in MedMNIST's layout, tiny for speed; label c is in every split."""
+    rng, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", 24), ("val", 18), ("test", 20)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, 28, 28, 3)[:3 + channels // 3], np.uint8)
+        i = np.arange(n)[:, None]
+        arrays[f"{part}_labels"] = (i + np.arange(n_labels)) % (2 if n_labels > 1 else n_classes)
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset, layout, words", [
+    ("chestmnist", (14, 2, 1), ["false alarms", "cardiomegaly", "wrong somewhere"]),
+    ("retinamnist", (1, 5, 3), ["surest mistakes", "test images are wrong"]),
+])
+def test_03_scores_several_labels_and_ordered_classes(workbook, dataset, layout, words):
+    write_medmnist(workbook / "tiny" / f"{dataset}.npz", *layout)
+    notebook = run_with(workbook, "03_fine_tune", **{**TINY, "dataset": dataset}, method="random",
+                        unofficial=True, data_dir="../tiny", study=dataset, keep_best=False)
+    text = "".join(t for c in notebook.cells for t in (c.source, *output_texts(c)))
+    assert [w for w in words if w not in text] == []
+    run = medssl.load_run(next((workbook / "runs" / dataset).glob("*/metrics.json")).parent)
+    assert run.predictions["scores"].shape == (20, max(layout[:2]))
+    drawn = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in
+             o.get("data", {})]
+    assert len(drawn) == (4 if dataset == "chestmnist" else 5)  # no confusion matrix of findings
 
 
 @pytest.mark.slow
