@@ -91,6 +91,18 @@ def print_subsets(data: medssl.DataSplits) -> None:
                   f"{np.max(shares):.2f}, sd {np.std(shares):.3f} (all labels: {whole:.2f}) |")
 
 
+def print_greys(data: medssl.DataSplits) -> None:
+    """Print how well an image's mean and spread of grey alone tell the classes apart."""
+    print("\n| AUC of one number | train | val | test |\n|---|---|---|---|")
+    for name, number in (("mean grey", np.mean), ("standard deviation of grey", np.std)):
+        aucs = []
+        for part in (data.train, data.val, data.test):
+            found = number(part.images.reshape(len(part), -1), axis=1) / 255
+            scores = np.stack([1 - found, found], 1)
+            aucs.append(f"{medssl.score(part.labels, scores)['AUC']:.2f}")
+        print(f"| {name} | {' | '.join(aucs)} |")
+
+
 def print_linear(options) -> None:
     """Print what further fractions and seeds of a linear evaluation cost at 224 pixels."""
     config = medssl.FineTuneConfig.named("linear")
@@ -119,7 +131,9 @@ def main() -> None:
           "ACC (95 %) | F1 of the paper | best epoch | s | peak GB |\n" + "|---" * 12 + "|")
     print("\n".join(map(row, runs)))
     print_linear(options)
-    print_subsets(load("covid_ct", options.data, medssl.FineTuneConfig(image_size=8)))
+    small = load("covid_ct", options.data, medssl.FineTuneConfig(image_size=16))
+    print_subsets(small)
+    print_greys(small)
     print(f"\n{medssl.describe_environment(options.device)}")
 
 
