@@ -2661,11 +2661,15 @@ def _shared(data: DataSplits, column: str) -> pd.DataFrame:
 
 RECIPES = ("recommended", "paper", "linear", "demo")
 RESUME_SECONDS = 60.0  # a run writes its resume file at most this often
+FEATURE_BYTES = 2e9    # kept in memory for further linear evaluations; an image has 8 kB
 
 
 @dataclass(frozen=True)
 class FineTuneConfig:
     """How a backbone is fine-tuned. `FineTuneConfig()` is the recipe that we recommend.
+
+    The comment beside each of its defaults says why: literature, convention, or measured here
+    (by the script in bench/ that it names). None was tuned on the published weights.
 
     Attributes:
         recipe: one of RECIPES; the others come from `FineTuneConfig.named`.
@@ -2691,24 +2695,24 @@ class FineTuneConfig:
     """
 
     recipe: str = "recommended"
-    image_size: int = 224
-    epochs: int = 50
-    batch_size: int = 32
-    lr: float = 1e-3
-    backbone_lr: float = 1e-4
-    weight_decay: float = 1e-4
-    l2: bool = False
-    freeze_epochs: int = 5
-    warmup: float = 0.1
-    schedule: str = "cosine"
-    augment: tuple[str, ...] = ("affine",)
-    select_by: str = "AUC"
-    normalise: str = "checkpoint"
-    subset_rule: str = "stratified"
-    precision: str = "auto"
-    class_weights: bool = False
-    accumulate: int = 1
-    lr_candidates: tuple[float, ...] = ()
+    image_size: int = 224  # convention: the authors' size, and that of the ImageNet weights
+    epochs: int = 50  # literature: ~700 steps for 425 images; BiT takes 500 (Kolesnikov 2020)
+    batch_size: int = 32  # literature: 2 to 32 generalise best (Masters and Luschi 2018)
+    lr: float = 1e-3  # literature: Adam's default (Kingma and Ba 2015)
+    backbone_lr: float = 1e-4  # literature: pre-trained layers move less (Howard and Ruder 2018)
+    weight_decay: float = 1e-4  # convention: ResNet's (He et al. 2016); with AdamW next to none
+    l2: bool = False  # literature: decay apart from the gradient (Loshchilov and Hutter 2019)
+    freeze_epochs: int = 5  # literature: a random head would spoil features (Kumar et al. 2022)
+    warmup: float = 0.1  # literature: Adam's first steps are too large (Ma and Yarats 2021)
+    schedule: str = "cosine"  # literature: Loshchilov and Hutter 2017
+    augment: tuple[str, ...] = ("affine",)  # literature: usual for CT (Chlap et al. 2021)
+    select_by: str = "AUC"  # literature: finer than accuracy on few images (Ling et al. 2003)
+    normalise: str = "checkpoint"  # convention: preprocessing belongs to weights (torchvision)
+    subset_rule: str = "stratified"  # measured: class shares vary half as much (real_images.py)
+    precision: str = "auto"  # literature: bf16 trains a ResNet50 as fp32 does (Kalamkar 2019)
+    class_weights: bool = False  # convention: off; AUC does not depend on the class shares
+    accumulate: int = 1  # convention: off; BatchNorm would see parts of a batch
+    lr_candidates: tuple[float, ...] = ()  # convention: off; it multiplies the cost
 
     def __post_init__(self) -> None:
         _choose(self.recipe, RECIPES, "recipe")
@@ -2845,11 +2849,10 @@ def set_phase(model: nn.Module, phase: Phase) -> None:
     """Freeze and unfreeze the parameters of a ResNet, and switch its BatchNorm layers."""
     model.train(phase.batchnorm_moves)
     model.requires_grad_(phase.trainable == "all")
-    model.fc.requires_grad_(True)
-    if phase.trainable == "head+bn":
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.requires_grad_(True)
+    for module in model.modules():
+        if module is model.fc or phase.trainable == "head+bn" and isinstance(
+                module, nn.BatchNorm2d):
+            module.requires_grad_(True)
 
 
 def lr_factor(config: FineTuneConfig, step: int, steps: int) -> float:
@@ -2864,10 +2867,10 @@ def lr_factor(config: FineTuneConfig, step: int, steps: int) -> float:
 
 def make_optimizer(model: nn.Module, config: FineTuneConfig) -> torch.optim.Optimizer:
     """Return Adam or AdamW with two groups: the backbone's parameters, then the head's."""
-    head = list(model.fc.parameters())
     backbone = [p for n, p in model.named_parameters() if not n.startswith("fc.")]
     kind = torch.optim.Adam if config.l2 else torch.optim.AdamW
-    groups = [{"params": backbone, "lr": config.backbone_lr}, {"params": head, "lr": config.lr}]
+    groups = [{"params": backbone, "lr": config.backbone_lr},
+              {"params": model.fc.parameters(), "lr": config.lr}]
     return kind(groups, weight_decay=config.weight_decay, fused=True)
 
 
@@ -2928,11 +2931,6 @@ def _class_weights(labels: torch.Tensor, n_classes: int) -> torch.Tensor:
     return counts.sum() / (n_classes * counts.clamp_min(1).float())
 
 
-def _probabilities(logits: torch.Tensor, labels_ndim: int) -> np.ndarray:
-    """Softmax of (N, C) logits, or a sigmoid for each of several labels."""
-    return (logits.sigmoid() if labels_ndim == 2 else logits.softmax(1)).numpy()
-
-
 class Progress:
     """Shows a run: a bar and, in a notebook, a live curve; or a line an epoch; or nothing.
 
@@ -2947,10 +2945,6 @@ class Progress:
         self.how = ("bar" if _is_watched() else "log") if how == "auto" else how
         self.bar = tqdm(total=total, desc=title, unit="img", disable=self.how != "bar")
         self.title, self.curve = title, None
-
-    def images(self, n: int) -> None:
-        """Note that `n` more images were trained on."""
-        self.bar.update(n)
 
     def epoch(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Show the epoch that ended, the last row of `history`."""
@@ -2996,7 +2990,7 @@ class BusyError(TrainingError):
 def train_one_epoch(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer,
     config: FineTuneConfig, preprocessing: Preprocessing, *, epoch: int, seed: int,
-    tick: Callable[[int], None] = lambda images: None,
+    tick: Callable[[int], Any] = lambda images: None,
 ) -> tuple[float, int | None, torch.Tensor]:
     """Train once over the images; every random choice follows from `seed` and `epoch`.
 
@@ -3060,11 +3054,11 @@ def predict(
 def evaluate(
     model: nn.Module, split: Split, preprocessing: Preprocessing, **options: Any,
 ) -> tuple[float, dict[str, float | None], np.ndarray]:
-    """Return the mean cross-entropy, the scores (see `score`) and the (N, C) probabilities."""
+    """Return the mean loss, the scores (see `score`) and the (N, C) probabilities."""
     logits = predict(model, split.images, preprocessing, **options)
     loss = _loss(logits, torch.as_tensor(split.labels)).item()
-    probabilities = _probabilities(logits, split.labels.ndim)
-    return loss, score(split.labels, probabilities), probabilities
+    scores = (logits.sigmoid() if split.labels.ndim == 2 else logits.softmax(1)).numpy()
+    return loss, score(split.labels, scores), scores
 
 
 @dataclass(frozen=True)
@@ -3097,30 +3091,18 @@ def _settings(
     report: KeyReport, data: DataSplits, config: FineTuneConfig, subset: np.ndarray,
     label_fraction: float, seed: int, fingerprints: tuple[str, str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that decides a run's result, JSON-ready.
-
-    Args:
-        fingerprints: of the data, its test part and the subset, where they are known already.
-    """
+    """Return everything that decides a run's result, JSON-ready; `fingerprints` (of data, test
+    part and subset) save time where they are known already."""
     of_data, of_test, of_subset = fingerprints or (
         data.fingerprint, data.test.fingerprint, data.train.take(subset).ids_fingerprint)
     demo = report.demo or data.demo or config.recipe == "demo"
     return {
-        "dataset": data.name,
-        "dataset_fingerprint": of_data,
-        "test_fingerprint": of_test,
-        "class_names": list(data.class_names),
-        "method": report.method,
-        "weights": report.weights,
-        "weights_fingerprint": report.fingerprint,
-        "allow_extra": list(report.allow_extra),
-        "label_fraction": label_fraction,
-        "seed": seed,
-        "n_train": len(subset),
-        "subset_fingerprint": of_subset,
-        **dataclasses.asdict(config),
-        "augment": list(config.augment),
-        "lr_candidates": list(config.lr_candidates),
+        "dataset": data.name, "dataset_fingerprint": of_data, "test_fingerprint": of_test,
+        "class_names": list(data.class_names), "method": report.method, "weights": report.weights,
+        "weights_fingerprint": report.fingerprint, "allow_extra": list(report.allow_extra),
+        "label_fraction": label_fraction, "seed": seed, "n_train": len(subset),
+        "subset_fingerprint": of_subset, **dataclasses.asdict(config),
+        "augment": list(config.augment), "lr_candidates": list(config.lr_candidates),
         "stamp": "DEMO" if demo else "SHORT" if config.short else "",
     }
 
@@ -3158,14 +3140,18 @@ def add_head(model: nn.Module, n_classes: int, seed: int) -> nn.Module:
     return model
 
 
-def _selection_key(
-    config: FineTuneConfig, loss: float, scores: Mapping[str, Any], prefix: str = "",
-) -> tuple[float, ...]:
-    """Return what a better epoch has more of; the loss breaks ties of the AUC."""
-    if config.select_by == "loss":
-        return (-loss,)
-    value = scores[prefix + config.select_by]
-    return (value, -loss) if config.select_by == "AUC" else (value,)
+def _validated(evaluated: tuple, began: float) -> dict[str, Any]:
+    """Return the end of a row of history: what `evaluate` says of validation, and the seconds."""
+    loss, scores, _ = evaluated
+    return {"val_loss": loss, **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
+            "seconds": time.perf_counter() - began}
+
+
+def _best_row(config: FineTuneConfig, history: Sequence[Mapping[str, Any]]) -> int:
+    """Return the first of the rows that are best on validation; the loss breaks ties of the AUC."""
+    keys = [{"loss": (-row["val_loss"],), "ACC": (row["val_ACC"],),
+             "AUC": (row["val_AUC"], -row["val_loss"])}[config.select_by] for row in history]
+    return keys.index(max(keys))
 
 
 def _save_resume(path: Path, **state: Any) -> None:
@@ -3181,141 +3167,143 @@ def _save_resume(path: Path, **state: Any) -> None:
 
 def _train(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    seed: int, resume: Path, shown: Progress, save_at: int = 0,
-) -> tuple[list[dict[str, Any]], int]:
-    """Fine-tune `model` in place, from the resume file if there is one; load the best epoch.
+    seed: int, folder: Path, shown: Progress, resume: str = "last.pt", save_at: int = 0,
+) -> list[dict[str, Any]]:
+    """Fine-tune in place, from the resume file if there is one; load the best epoch's weights.
+    Return a row per epoch.
 
     Args:
-        resume: path of the resume file, written at most every RESUME_SECONDS ...
+        resume: name of the resume file, written at most every RESUME_SECONDS ...
         save_at: ... and after this many epochs (0: never).
-
-    Returns:
-        One row per epoch, and the best epoch (from 0).
     """
     device = next(model.parameters()).device
-    precision = _precision(config, device)
     images, labels = (torch.as_tensor(a).to(device) for a in (train.images, train.labels))
-    optimizer = make_optimizer(model, config)
-    history, best, best_key, start = [], {}, None, 0
-    if resume.exists():
-        state = torch.load(resume, map_location=device, weights_only=True)
+    optimizer, history, best = make_optimizer(model, config), [], {}
+    if (folder / resume).exists():
+        state = torch.load(folder / resume, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        history, best, best_key = state["history"], state["best"], state["best_key"]
-        start = len(history)
+        history, best = state["history"], state["best"]
+        shown.bar.update(len(history) * len(labels))
     saved = time.monotonic()
-    for epoch in range(start, config.epochs):
+    for epoch in range(len(history), config.epochs):
         began = time.perf_counter()
         loss, bad, batch = train_one_epoch(
             model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed,
-            tick=shown.images)
+            tick=shown.bar.update)
         if bad is not None:
             if best:
-                _save_weights(resume.with_name("best.safetensors"), best)
+                _save_weights(folder / "best.safetensors", best)
             raise TrainingError(
                 f"The loss is not finite at epoch {epoch}, step {bad}, on images "
-                f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs are "
-                f"kept in {resume.parent.name}. Check these images, or lower lr "
+                f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs, if "
+                f"any, are kept in {folder.name}. Check these images, or lower lr "
                 f"(now {config.lr:g}).")
-        val_loss, scores, _ = evaluate(model, val, prep, precision=precision)
-        history.append({"epoch": epoch, "train_loss": loss, "val_loss": val_loss,
-                        **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
-                        "lr": optimizer.param_groups[1]["lr"],
-                        "backbone_lr": optimizer.param_groups[0]["lr"],
-                        "seconds": time.perf_counter() - began})
+        of_backbone, of_head = (group["lr"] for group in optimizer.param_groups)
+        validation = evaluate(model, val, prep, precision=_precision(config, device))
+        history.append({"epoch": epoch, "train_loss": loss, "lr": of_head,
+                        "backbone_lr": of_backbone, **_validated(validation, began)})
         shown.epoch(history)
-        key = _selection_key(config, val_loss, scores)
-        if best_key is None or key > tuple(best_key):
-            best_key = key
+        if _best_row(config, history) == epoch:
             best = {k: v.detach().clone() for k, v in model.state_dict().items()}
         if time.monotonic() - saved > RESUME_SECONDS or epoch + 1 == save_at:
-            _save_resume(resume, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                         history=history, best=best, best_key=best_key)
+            _save_resume(folder / resume, history=history, best=best, model=model.state_dict(),
+                         optimizer=optimizer.state_dict())
             saved = time.monotonic()
     model.load_state_dict(best)
-    keys = [_selection_key(config, row["val_loss"], row, "val_") for row in history]
-    return history, keys.index(max(keys))
+    return history
 
 
 def _race(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
     seed: int, folder: Path, shown: Progress,
-) -> tuple[list[dict[str, Any]], int]:
+) -> list[dict[str, Any]]:
     """Train once with each of `config.lr_candidates` and load the best into `model`.
 
     Validation alone decides. The history holds every epoch of every rate.
     """
-    start = copy.deepcopy(model.state_dict())
-    history, best_key, best_row, best = [], None, 0, start
+    start, history = copy.deepcopy(model.state_dict()), []
     for rate in config.lr_candidates:
         model.load_state_dict(start)
-        tried = dataclasses.replace(
-            config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr, lr_candidates=())
-        rows, row = _train(model, train, val, tried, prep, seed, folder / f"last_{rate:g}.pt",
-                           shown, save_at=config.epochs)
-        key = _selection_key(config, rows[row]["val_loss"], rows[row], "val_")
-        if best_key is None or key > best_key:
-            best_key, best_row, best = key, len(history) + row, copy.deepcopy(model.state_dict())
-        history += [{"lr_candidate": rate, **r} for r in rows]
+        tried = replace(config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr,
+                        lr_candidates=())
+        rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
+                      save_at=config.epochs)
+        history += [{"lr_candidate": rate, **row} for row in rows]
+        if _best_row(config, history) >= len(history) - len(rows):
+            best = copy.deepcopy(model.state_dict())
     model.load_state_dict(best)
-    return history, best_row
+    return history
+
+
+_kept_features: dict[tuple, DataSplits] = {}  # in this process, the newest last
+
+
+def _features(
+    net: nn.Module, data: DataSplits, prep: Preprocessing, *key: Any,
+) -> DataSplits:
+    """Return the data with features (N, 2048) for images: once for all fractions and seeds.
+
+    Always of all images and in the same batches, so that kept features have the bits of new ones.
+    They are found again by `prep` and `key`: device, fingerprints of data and backbone.
+    """
+    found = _kept_features.pop((prep, *key), None)
+    if found is None:
+        head, net.fc = net.fc, nn.Identity()
+        found = replace(data, **{name: replace(part, images=predict(
+            net, part.images, prep).numpy()) for name in SPLITS for part in [getattr(data, name)]})
+        net.fc = head
+    _kept_features[prep, *key] = found
+    sizes = [8192 * sum(len(getattr(d, name)) for name in SPLITS) for d in _kept_features.values()]
+    while len(sizes) > 1 and sum(sizes) > FEATURE_BYTES:
+        del _kept_features[next(iter(_kept_features))], sizes[0]
+    return found
 
 
 def _fit_linear(
-    model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
-    shown: Progress,
-) -> tuple[list[dict[str, Any]], int]:
-    """Put a logistic regression on frozen features into `model.fc`; L2 strength by validation.
+    head: nn.Linear, train: Split, val: Split, config: FineTuneConfig, shown: Progress,
+) -> list[dict[str, Any]]:
+    """Put a logistic regression on features (n, 2048) into `head`; L2 strength by validation.
 
     The protocol is that of Kornblith et al. 2019 (Do Better ImageNet Models Transfer Better?):
     features in evaluation mode, L-BFGS, the regularisation picked on validation data.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    head, model.fc = model.fc, nn.Identity()
-    features, val_features = (predict(model, s.images, prep) for s in (train, val))
-    model.fc = head
-    mean, std = features.mean(0), features.std(0, correction=0).clamp_min(1e-6)
-    history, best_key = [], None
+    x = train.images
+    mean, std = x.mean(0, dtype=float), x.std(0, dtype=float).clip(1e-6)
+    history, fits = [], []
     for row, strength in enumerate(np.logspace(-5, 1, 7)):
         began = time.perf_counter()
-        fit = LogisticRegression(C=strength, max_iter=2000)
-        fit.fit(((features - mean) / std).double().numpy(), train.labels)
-        weight, bias = _as_softmax(fit, len(head.bias))
+        weight, bias = _logistic((x - mean) / std, train.labels, strength, head.out_features)
         weight = weight / std                                  # undo the scaling: (C, 2048)
-        bias = bias - weight @ mean
-        logits = val_features @ weight.T + bias
-        val_loss = F.cross_entropy(logits, torch.as_tensor(val.labels)).item()
-        scores = score(val.labels, logits.softmax(1).numpy())
-        history.append({"epoch": row, "C": strength, "val_loss": val_loss,
-                        **{f"val_{k}": scores[k] for k in ("ACC", "AUC", "F1")},
-                        "seconds": time.perf_counter() - began})
+        fits.append({"weight": torch.tensor(weight), "bias": torch.tensor(bias - weight @ mean)})
+        head.load_state_dict(fits[-1])
+        validation = evaluate(head, val, nn.Identity())
+        history.append({"epoch": row, "C": strength, **_validated(validation, began)})
         shown.epoch(history)
-        key = _selection_key(config, val_loss, scores)
-        if best_key is None or key > best_key:
-            best_key, best_row = key, row
-            head.weight.data.copy_(weight)
-            head.bias.data.copy_(bias)
-    return history, best_row
+    head.load_state_dict(fits[_best_row(config, history)])
+    return history
 
 
-def _as_softmax(fit: Any, n_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return scikit-learn's coefficients as softmax weight (C, D) and bias (C,)."""
-    coef, intercept, classes = fit.coef_, fit.intercept_, fit.classes_
-    if len(classes) == 2:  # one row in scikit-learn: the log-odds of the second class
-        coef, intercept = np.vstack([0 * coef, coef]), np.append(0, intercept)
-    weight, bias = torch.zeros(n_classes, coef.shape[1]), torch.full((n_classes,), -1e4)
-    weight[classes] = torch.as_tensor(coef, dtype=torch.float32)
-    bias[classes] = torch.as_tensor(intercept, dtype=torch.float32)
-    return weight, bias  # a class without a training image keeps a bias that never wins
+def _logistic(
+    x: np.ndarray, labels: np.ndarray, strength: float, n_classes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's weight (C, D) and bias (C,) for softmax, or a sigmoid per label."""
+    from sklearn.linear_model import LogisticRegression
+
+    several = labels.ndim == 2
+    fits = [LogisticRegression(C=strength, max_iter=2000).fit(x, column)
+            for column in (labels.T if several else [labels])]
+    coef = np.concatenate([np.column_stack([fit.intercept_, fit.coef_]) for fit in fits])
+    if len(coef) == 1 and not several:  # the log-odds of the second of two classes
+        coef = np.vstack([0 * coef, coef])
+    rows = np.zeros((n_classes, 1 + x.shape[1]))
+    rows[:, 0] = -1e4  # a class without a training image has a bias that never wins
+    rows[np.arange(n_classes) if several else fits[0].classes_] = coef
+    return rows[:, 1:], rows[:, 0]
 
 
 def pick_device(device: str = "auto") -> torch.device:
-    """Return the device called `device`; "auto" takes a GPU if there is one.
-
-    Raises:
-        ValueError: the device was asked for by name and is not there.
-    """
+    """Return the device called `device`, if it is here; "auto" takes a GPU if there is one."""
     mps = torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -3351,20 +3339,30 @@ def _environment(device: torch.device) -> dict[str, Any]:
             "torchvision": torchvision.__version__, "numpy": np.__version__}
 
 
-def _check_trainable(config: FineTuneConfig, data: DataSplits, report: KeyReport) -> None:
+def _peak_memory(device: torch.device) -> float | None:
+    """Return GB: the most that a run held on a GPU; elsewhere this process's peak, None unknown."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _check_trainable(config: FineTuneConfig, data: DataSplits) -> None:
     """Refuse what would fail or mislead later, before anything is written."""
-    for name in ("train", "val", "test"):
+    for name in SPLITS:
         if len(getattr(data, name)) == 0:
             raise ValueError(f"{data.name} has no {name} images. Training needs all three parts.")
-    absent = set(range(len(data.class_names))) - set(np.unique(data.val.labels))
-    if config.select_by == "AUC" and data.val.labels.ndim == 1 and absent:
-        names = ", ".join(data.class_names[i] for i in sorted(absent))
-        raise ValueError(f"{data.name}: validation has no image of {names}, so its AUC is "
-                         "undefined and cannot pick the best epoch. "
+    labels, classes = data.val.labels, np.arange(len(data.class_names))
+    present = np.isin(classes, labels) if labels.ndim == 1 else labels.any(0) & ~labels.all(0)
+    if config.select_by == "AUC" and not present.all():
+        names = ", ".join(np.array(data.class_names)[~present])
+        raise ValueError(f"{data.name}: validation has no image of {names}, or no other image, so "
+                         "its AUC is undefined and cannot pick the best epoch. "
                          'Set select_by="loss", or split again.')
-    if config.recipe == "linear" and data.val.labels.ndim == 2:
-        raise ValueError('The "linear" recipe knows one label per image; '
-                         f"{data.name} has several. Choose another recipe.")
 
 
 def preprocessing_for(config: FineTuneConfig, data: DataSplits, method: str) -> Preprocessing:
@@ -3407,7 +3405,7 @@ def fine_tune(
     """
     config = config or FineTuneConfig()
     where = pick_device(device)
-    _check_trainable(config, data, report)
+    _check_trainable(config, data)
     checks = check_splits(data)
     checks.raise_for_errors()
     subset = label_subset(data.train.labels, label_fraction, seed=seed,
@@ -3422,23 +3420,27 @@ def fine_tune(
             leftover.unlink()
         _write_json(folder / "config.json", {
             **settings, "warnings": list(checks.warnings), "environment": _environment(where)})
+        if where.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(where)
         began = time.perf_counter()
         net = add_head(model, len(data.class_names), seed)
         net = net.to(where, memory_format=torch.channels_last)
-        train, prep = data.train.take(subset), preprocessing_for(config, data, report.method)
-        rates = max(1, len(config.lr_candidates))
-        shown = Progress(progress, rates * config.epochs * len(train),
-                         f"{report.method} on {data.name}")
-        if config.recipe == "linear":
-            history, best = _fit_linear(net, train, data.val, config, prep, shown)
-        elif config.lr_candidates:
-            history, best = _race(net, train, data.val, config, prep, seed, folder, shown)
+        prep, linear = preprocessing_for(config, data, report.method), config.recipe == "linear"
+        passes = 1 if linear else config.epochs * max(1, len(config.lr_candidates))
+        shown = Progress(progress, passes * len(subset), f"{report.method} on {data.name}")
+        if linear:  # of all that follows, only the head
+            seen = _features(net, data, prep, settings["dataset_fingerprint"], where,
+                             _fingerprint({k: v.cpu() for k, v in model.state_dict().items()}))
+            shown.bar.update(len(subset))
+            last, look = net.fc, nn.Identity()
+            history = _fit_linear(last, seen.train.take(subset), seen.val, config, shown)
         else:
-            history, best = _train(net, train, data.val, config, prep, seed, folder / "last.pt",
-                                   shown)
+            last, seen, look = net, data, prep
+            history = (_race if config.lr_candidates else _train)(
+                net, data.train.take(subset), data.val, config, prep, seed, folder, shown)
         shown.bar.close()
-        trained = time.perf_counter()
-        results = {part: evaluate(net, getattr(data, part), prep) for part in ("val", "test")}
+        trained, best = time.perf_counter(), _best_row(config, history)
+        results = {part: evaluate(last, getattr(seen, part), look) for part in ("val", "test")}
         if keep_best:
             _save_weights(folder / "best.safetensors", net.state_dict())
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
@@ -3447,9 +3449,10 @@ def fine_tune(
         _write_json(folder / "metrics.json", {
             **score(data.test.labels, results["test"][2], threshold=threshold),
             "threshold": threshold, "loss": results["test"][0], "n_test": len(data.test),
-            "lr": history[best].get("lr_candidate", config.lr),
-            "val": results["val"][1], "best_epoch": best, "train_seconds": trained - began,
-            "seconds": time.perf_counter() - began, "mean": prep.mean, "std": prep.std,
+            "lr": history[best].get("lr_candidate", config.lr), "val": results["val"][1],
+            "best_epoch": best, "train_seconds": trained - began,
+            "seconds": time.perf_counter() - began, "memory_gb": _peak_memory(where),
+            "mean": prep.mean, "std": prep.std,
         })
         for resume in folder.glob("last*.pt"):
             resume.unlink()
@@ -3576,24 +3579,23 @@ def pool_by_patient(
     """Average the probabilities of each patient's images; images of unknown patients are left out.
 
     Args:
-        labels: (N,) class indices.
+        labels: (N,) class indices, or (N, L) of 0 and 1.
         scores: (N, C) probabilities.
         groups: (N,) patient ids, "" where unknown.
 
     Returns:
-        Labels (P,) and mean probabilities (P, C) of the P known patients.
+        Labels (P,) or (P, L) and mean probabilities (P, C) of the P known patients.
 
     Raises:
         ValueError: a patient's images carry different labels, so the patient has none.
     """
-    table = pd.DataFrame(scores).assign(label=labels, group=groups)
-    patients = table[table["group"] != ""].groupby("group")
-    mixed = patients["label"].nunique()
+    known = groups != ""
+    truth, chances = (pd.DataFrame(a[known]).groupby(groups[known]) for a in (labels, scores))
+    mixed = truth.nunique().max(axis=1)
     if (mixed > 1).any():
         raise ValueError(f"Images of patient {mixed.idxmax()!r} carry different labels: "
                          "score by image, or label the patients first.")
-    means = patients[list(range(scores.shape[1]))].mean()
-    return patients["label"].first().to_numpy(), means.to_numpy()
+    return truth.first().to_numpy().reshape(-1, *labels.shape[1:]), chances.mean().to_numpy()
 
 
 def bootstrap_interval(
@@ -3976,17 +3978,14 @@ ATTEMPTS = 3           # a cell is given up when its worker has died so often
 _one_at_a_time = threading.Lock()
 
 
-class _Here(Executor):
-    """Runs a call at once, in this process."""
-
-    def submit(self, fn: Callable, /, *args: Any, **options: Any) -> Future:
-        """Call `fn` now; the future holds its result or its error."""
-        future = Future()
-        try:
-            future.set_result(fn(*args, **options))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+def _call(fn: Callable, /, *args: Any, **options: Any) -> Future:
+    """Call `fn` now, in this process; the future holds its result or its error."""
+    future = Future()
+    try:
+        future.set_result(fn(*args, **options))
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -4009,7 +4008,7 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
 @functools.lru_cache(maxsize=8)
 def _once(token: int, load: Callable, name: str, **options: Any) -> Future:
     """Load something once for all cells of a study in this process; an error is kept as well."""
-    return _Here().submit(load, name, **options)
+    return _call(load, name, **options)
 
 
 def _cell_data(cell: Mapping[str, Any]) -> tuple[FineTuneConfig, DataSplits]:
@@ -4030,79 +4029,55 @@ def _cell_backbone(cell: Mapping[str, Any]) -> tuple[nn.Module, KeyReport]:
                  seed=cell["seed"] if cell["method"] == "random" else 0).result()
 
 
-@functools.lru_cache(maxsize=2)
-def _fingerprints(data: DataSplits) -> tuple[str, str]:
-    """Return the fingerprints of data that only a study holds, so that nobody changes them."""
-    return data.fingerprint, data.test.fingerprint
-
-
 @functools.lru_cache(maxsize=64)
-def _subset(
-    data: DataSplits, fraction: float, seed: int, rule: str,
-) -> tuple[np.ndarray, tuple[str, str, str]]:
-    """Return a label subset, and the fingerprints of data, test part and subset."""
+def _known(data: DataSplits, *asked: Any) -> tuple[np.ndarray, tuple[str, str, str]]:
+    """Return a label subset, and the fingerprints of data, test part and subset. They are kept:
+    only a study holds these data, so that nobody changes them."""
+    if not asked:
+        return np.arange(0), (data.fingerprint, data.test.fingerprint, "")
+    fraction, seed, rule = asked
     subset = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
                           rule=rule)
-    return subset, (*_fingerprints(data), data.train.take(subset).ids_fingerprint)
+    return subset, (*_known(data)[1][:2], data.train.take(subset).ids_fingerprint)
 
 
 def _cell_folder(cell: Mapping[str, Any]) -> Path:
     """Return the run folder of a cell; its name follows from weights and data, which are read."""
     config, data = _cell_data(cell)
-    fraction, seed = cell["label_fraction"], cell["seed"]
-    subset, fingerprints = _subset(data, fraction, seed, config.subset_rule)
-    settings = _settings(_cell_backbone(cell)[1], data, config, subset, fraction, seed,
-                         fingerprints)
+    asked = cell["label_fraction"], cell["seed"]
+    subset, fingerprints = _known(data, *asked, config.subset_rule)
+    settings = _settings(_cell_backbone(cell)[1], data, config, subset, *asked, fingerprints)
     return Path(cell["runs_dir"], cell["study"], run_name(settings))
 
 
-def _look(cell: Mapping[str, Any], begun: Container[str]) -> dict[str, Any]:
-    """Return a cell's row: what is asked for, how far its run folder is, how much work it is.
-
-    Args:
-        begun: names of run folders without their digest. Others need not be looked for, which
-            saves reading the weights.
-    """
-    row = {name: value for name, value in cell.items() if name not in (*WHERE, "token")}
-    row |= {"status": "to do", "error": "", "folder": None, "n_train": 0, "images": 0,
-            "seconds": 0.0, "gigabytes": 0.0}
-    try:
-        _choose(cell["method"], (*METHODS, *CONTROLS), "method")
-        config, data = _cell_data(cell)
-        n, n_val, n_test = cell["label_fraction"] * len(data.train), len(data.val), len(data.test)
-        epochs = 1 if config.recipe == "linear" else config.epochs * max(
-            1, len(config.lr_candidates))
-        row["n_train"] = round(n)  # below: a forward pass is a third of a training step
-        row["images"] = round(epochs * (n + n_val / 3) + (n_val + n_test) / 3)
-        if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
-            row["folder"] = _cell_folder(cell)
-            files = [(row["folder"] / name).exists() for name in ("metrics.json", "config.json")]
-            row["status"] = "done" if files[0] else "unfinished" if files[1] else "to do"
-    except Exception as error:  # the other cells can run
-        row["error"] = f"{type(error).__name__}: {error}"
-    return row
-
-
-def _look_all(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of all cells."""
+def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row a cell: what is asked for, how far its run folder is, how much work it is."""
     roots = {Path(cell["runs_dir"], cell["study"]) for cell in cells}
     begun = {path.name.rpartition("_")[0] for r in roots if r.is_dir() for path in r.iterdir()}
-    return [_look(cell, begun) for cell in cells]
-
-
-def _rate(
-    rows: Sequence[Mapping[str, Any]], cell: Mapping[str, Any], executor: Executor | None,
-) -> tuple[float, str]:
-    """Return seconds per image, from the finished runs among `rows` or timed, and which of both."""
-    done = [row for row in rows if row["status"] == "done"][:50]
-    if done:
-        spent = [json.loads((row["folder"] / "metrics.json").read_text()) for row in done]
-        return float(np.median([s["seconds"] / row["images"] for s, row in zip(spent, done)])), \
-            f"rate of {len(done)} finished"
-    try:
-        return (executor or _Here()).submit(_time_steps, cell).result(), "rate of timed steps"
-    except Exception as error:  # the cell will fail likewise, and be listed
-        return math.nan, f"no rate, {type(error).__name__}: {error}"
+    alike = [str({**cell, "label_fraction": 0, "seed": cell["method"] == "random" and cell["seed"]})
+             for cell in cells]  # these share the features of a linear evaluation
+    rows, sharing = [], Counter(alike)
+    for cell, key in zip(cells, alike):
+        row = {name: value for name, value in cell.items() if name not in (*WHERE, "token")}
+        row |= {"status": "to do", "error": "", "folder": None, "n_train": 0, "images": 0,
+                "seconds": 0.0, "gigabytes": 0.0}
+        try:
+            _choose(cell["method"], (*METHODS, *CONTROLS), "method")
+            config, data = _cell_data(cell)
+            n_train, n_val, n_test = (len(getattr(data, name)) for name in SPLITS)
+            row["n_train"] = round(cell["label_fraction"] * n_train)
+            epochs = config.epochs * max(1, len(config.lr_candidates))
+            row["images"] = math.ceil(  # a forward pass: a third of a step; in "linear" the step
+                (n_train + n_val + n_test) / sharing[key] if config.recipe == "linear" else
+                epochs * (row["n_train"] + n_val / 3) + (n_val + n_test) / 3)
+            if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
+                row["folder"] = _cell_folder(cell)  # for others no weights need to be read
+                files = [(row["folder"] / f).exists() for f in ("metrics.json", "config.json")]
+                row["status"] = "done" if files[0] else "unfinished" if files[1] else "to do"
+        except Exception as error:  # the other cells can run
+            row["error"] = f"{type(error).__name__}: {error}"
+        rows.append(row)
+    return rows
 
 
 def _time_steps(cell: Mapping[str, Any]) -> float:
@@ -4122,54 +4097,60 @@ def _time_steps(cell: Mapping[str, Any]) -> float:
     return float(np.median(times[1:])) / len(labels)
 
 
+def _rate(
+    done: Sequence[Mapping[str, Any]], cell: Mapping[str, Any], executor: Executor | None,
+) -> tuple[float, str]:
+    """Return seconds per image, of finished runs or timed, and which of both."""
+    spent = [json.loads((row["folder"] / "metrics.json").read_text())["seconds"] for row in done]
+    if done:
+        return sum(spent) / sum(row["images"] for row in done), f"rate of {len(done)} finished"
+    try:
+        submit = executor.submit if executor else _call
+        return submit(_time_steps, cell).result(), "rate of timed steps"
+    except Exception as error:  # the cell will fail likewise, and be listed
+        return math.nan, f"no rate, {type(error).__name__}: {error}"
+
+
 def plan_study(
-    grid: Mapping[str, Sequence[Any]], *, executor: Executor | None = None, **fixed: Any,
+    grid: Mapping[str, Sequence[Any]] | list[dict[str, Any]], *, executor: Executor | None = None,
+    **fixed: Any,
 ) -> pd.DataFrame:
     """Say what `run_study` with these arguments would do, and what that costs.
 
     Returns:
         A row a cell, in the order of running: what is asked for, `status` ("done", "unfinished",
-        "to do"), `error` (why it can't run), `folder` (where begun), `n_train` (about), `images`
-        (the work, in training images), `seconds` and `gigabytes` (left to spend).
+        "to do"), `error` (why it can't run), `folder` (where begun), `n_train` and `images` (the
+        work, in training images), `seconds` and `gigabytes` (left to spend), all about.
         `attrs["summary"]` says it in two sentences, with the source of the rate.
     """
-    return _plan(_cells(grid, fixed), executor)
-
-
-def _plan(cells: Sequence[Mapping[str, Any]], executor: Executor | None) -> pd.DataFrame:
-    """Return the table of `plan_study`; one rate holds for one recipe and image size."""
-    rows, kinds, rates = _look_all(cells), {}, set()
+    cells = grid if isinstance(grid, list) else _cells(grid, fixed)
+    rows, rates = _look(cells), {}
     for cell, row in zip(cells, rows):
-        kinds.setdefault((cell["recipe"], cell.get("image_size")), []).append((cell, row))
-    for members in kinds.values():
-        left = [(c, row) for c, row in members if row["status"] != "done" and not row["error"]]
-        if left:
-            rate, source = _rate([row for _, row in members], left[0][0], executor)
-            rates.add(source)
-            for cell, row in left:  # besides the weights a run keeps about 1 MB
-                row |= {"seconds": rate * row["images"],
-                        "gigabytes": (1e6 + WEIGHT_BYTES * cell["keep_best"]) / 1e9}
-    count = Counter("can't run" if row["error"] else row["status"] for row in rows)
-    seconds, size = (sum(row[name] for row in rows) for name in ("seconds", "gigabytes"))
-    hours = "unknown time" if math.isnan(seconds) else tqdm.format_interval(seconds)
+        if row["status"] != "done" and not row["error"]:
+            kind = cell["recipe"], cell.get("image_size")  # for which one rate holds
+            if kind not in rates:
+                rates[kind] = _rate([r for c, r in zip(cells, rows) if r["status"] == "done" and (
+                    c["recipe"], c.get("image_size")) == kind][:50], cell, executor)
+            row["seconds"] = rates[kind][0] * row["images"]  # besides weights it keeps about 1 MB
+            row["gigabytes"] = (1e6 + WEIGHT_BYTES * cell["keep_best"]) / 1e9
     plan = pd.DataFrame(rows)
-    counts = ", ".join(f"{n} {name}" for name, n in count.items())
-    plan.attrs["summary"] = f"Runs: {len(rows)} in all, {counts}. " + (
-        f"Left: {hours} one after another ({', '.join(sorted(rates))}), {size:.2g} GB to keep, and "
+    states = plan["status"].mask(plan["error"] != "", "can't run").value_counts(sort=False)
+    seconds, size = plan["seconds"].sum(skipna=False), plan["gigabytes"].sum()
+    hours = "unknown time" if math.isnan(seconds) else tqdm.format_interval(seconds)
+    sources = ", ".join(sorted({source for _, source in rates.values()}))
+    plan.attrs["summary"] = ", ".join([f"Runs: {len(rows)} in all", *(
+        f"{n} {state}" for state, n in states.items())]) + (
+        f". Left: {hours} one after another ({sources}), {size:.2g} GB to keep, and "
         f"{4 * WEIGHT_BYTES / 1e9:.1f} GB more while a run of over a minute lasts."
-        if rates else "Nothing is left to run.")
+        if rates else ". Nothing is left to run.")
     return plan
 
 
 def run_notebook(
     notebook: str | Path, output: str | Path, parameters: Mapping[str, Any],
 ) -> Path:
-    """Execute a notebook with papermill, in its own folder, and return the executed copy.
-
-    Raises:
-        ValueError: a parameter that the notebook does not have (papermill would only warn).
-        papermill.PapermillExecutionError: a cell failed; the executed copy shows where.
-    """
+    """Execute a notebook with papermill, in its own folder, and return the executed copy. A
+    parameter that it does not have is a ValueError (papermill would only warn)."""
     import papermill
 
     known = papermill.inspect_notebook(str(notebook))
@@ -4195,21 +4176,18 @@ def _run_in_notebook(cell: Mapping[str, Any]) -> None:
 
 def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
     """Run one cell in this process; return the kind of its error and what it says, "" if none.
-
-    Args:
-        moment: makes each call another one, for executors that remember results.
-    """
+    `moment` makes each call another one, for executors that remember results."""
     if not _one_at_a_time.acquire(blocking=False):
         return "threads", ("Two runs at once in one process would share random state. Give every "
                            "worker one thread (Dask: threads_per_worker=1).")
+    names = "label_fraction", "seed", "study", "runs_dir", "device", "keep_best"
     try:
         if cell["notebook"]:
             _run_in_notebook(cell)
         else:
             config, data = _cell_data(cell)
-            fine_tune(*_cell_backbone(cell), data, config, progress="none", **{
-                name: cell[name] for name in ("label_fraction", "seed", "study", "runs_dir",
-                                              "device", "keep_best")})
+            fine_tune(*_cell_backbone(cell), data, config, progress="none",
+                      **{name: cell[name] for name in names})
     except Exception as error:  # one bad cell never stops the rest
         kind = getattr(error, "ename", type(error).__name__)  # papermill names the notebook's own
         return kind, f"{kind}: {getattr(error, 'evalue', error)}"
@@ -4218,48 +4196,26 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
     return "", ""
 
 
-def _outcome(future: Future) -> tuple[str, str]:
-    """Return what `_run_cell` returned, or what kept it from returning."""
-    try:
-        return future.result()
-    except BrokenExecutor:
-        return "died", f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?"
-    except Exception as error:  # of the executor, such as Dask's KilledWorker
-        return type(error).__name__, f"{type(error).__name__}: {error}"
-
-
-@dataclass
-class _Worker:
-    """What runs one cell at a time; `renew` makes its executor anew, where that is ours to do."""
-
-    executor: Executor
-    device: str = "auto"
-    renew: Callable[[], Executor] | None = None
-
-
-def _workers(executor: Executor | None, n: int) -> list[_Worker]:
-    """Return the workers of a study. A local one is a pool of one process: if that dies, it is
-    known on which cell, and the others go on."""
-    if executor is not None:
-        return [_Worker(executor)] * 1024  # so many cells are handed over at a time
+def _workers(executor: Executor | None, n: int) -> list[dict[str, Any]]:
+    """Return what runs one cell at a time: a pool (None: this process), its device, and what makes
+    a new one. A local pool is of one process: if that dies, it is known on which cell."""
     gpus = torch.cuda.device_count()
     n = n or max(1, gpus)
-    if n == 1:
-        return [_Worker(_Here())]
-    threads = max(1, torch.get_num_threads() // n)
+    if executor is not None or n == 1:  # of a given one, so many cells are handed over at a time
+        return [{"pool": executor, "device": "auto"}] * (1024 if executor else 1)
     new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"),
-                            torch.set_num_threads, (threads,))
-    return [_Worker(new(), f"cuda:{k % gpus}" if gpus else "auto", new) for k in range(n)]
+                            torch.set_num_threads, (max(1, torch.get_num_threads() // n),))
+    return [{"pool": new(), "device": f"cuda:{k % gpus}" if gpus else "auto", "new": new}
+            for k in range(n)]
 
 
 def _work_off(
-    cells: Sequence[Mapping[str, Any]], free: list[_Worker],
+    cells: Sequence[Mapping[str, Any]], free: list[dict[str, Any]],
 ) -> Iterator[tuple[int, str]]:
     """Run every cell on a free worker; yield its index with "" or why it failed, as they end."""
-    own = [worker for worker in free if worker.renew]
+    own = [worker for worker in free if "new" in worker]
     waiting, busy, deaths = deque(range(len(cells))), [], Counter()
-    running: dict[Future, tuple[int, _Worker]] = {}
-    ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+    running, ended = {}, queue.SimpleQueue()
     try:
         while waiting or busy or running:
             if not waiting and not running:  # another process is at all that is left
@@ -4267,21 +4223,25 @@ def _work_off(
                 waiting, busy = deque(busy), []
             while waiting and free:
                 i, worker = waiting.popleft(), free.pop()
-                here = {"device": worker.device} if cells[i]["device"] == "auto" else {}
-                future = worker.executor.submit(_run_cell, {**cells[i], **here}, time.time_ns())
+                here = {"device": worker["device"]} if cells[i]["device"] == "auto" else {}
+                submit = worker["pool"].submit if worker["pool"] else _call
+                future = submit(_run_cell, {**cells[i], **here}, time.time_ns())
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
-            future = ended.get()
-            i, worker = running.pop(future)
-            kind, error = _outcome(future)
-            if kind == "died":
-                if worker.renew is None:
+            i, worker = running.pop(future := ended.get())
+            try:
+                kind, error = future.result()
+            except BrokenExecutor:
+                if "new" not in worker:
                     raise BrokenExecutor("A worker of the given executor died and broke it. Call "
                                          "run_study again; workers=n replaces those that die.")
-                deaths[i] += 1
-                worker.executor = worker.renew()
+                worker["pool"], deaths[i] = worker["new"](), deaths[i] + 1
+                kind = "BusyError" if deaths[i] < ATTEMPTS else "died"
+                error = f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?"
+            except Exception as problem:  # of the executor, such as Dask's KilledWorker
+                kind, error = "", f"{type(problem).__name__}: {problem}"
             free.append(worker)
-            if kind == "BusyError" or kind == "died" and deaths[i] < ATTEMPTS:
+            if kind == "BusyError":
                 busy.append(i)
             else:
                 yield i, error
@@ -4289,7 +4249,7 @@ def _work_off(
         for future in running:
             future.cancel()
         for worker in own:
-            worker.executor.shutdown(wait=False, cancel_futures=True)
+            worker["pool"].shutdown(wait=False, cancel_futures=True)
 
 
 def run_study(
@@ -4299,16 +4259,14 @@ def run_study(
     """Run every combination of a grid of settings that isn't done yet.
 
     What it will cost is printed first (see `plan_study`). Interrupted runs are resumed; runs that
-    another process is at are looked at again at the end; what fails is listed with its reason and
-    stops nothing else. Call again to do what is left.
+    another process is at are looked at again at the end; what fails is listed and stops nothing.
 
     Args:
         grid: setting -> values, such as {"method": METHODS, "seed": [0, 1, 2]}. Settings are the
             names in ASKED and WHERE and the fields of `FineTuneConfig`.
-        executor: an executor of processes that see the same folders and run one call at a time,
-            such as Dask's `client.get_executor(pure=False)` with one thread a worker.
-        workers: local processes instead; one that dies is replaced. 0: one for each GPU; if that
-            makes one, the cells run in this process.
+        executor: of processes that see the same folders and run one call at a time, such as
+            Dask's `client.get_executor(pure=False)` with one thread a worker.
+        workers: local processes instead; 0: one for each GPU, on a CPU the cells run in this one.
         progress: "bar", "log" (a line a run), "none", or "auto": a bar where somebody watches.
         fixed: settings that all cells share. With `notebook` (notebooks/03_fine_tune.ipynb)
             papermill runs each cell, and its run folder keeps the executed notebook.
@@ -4323,7 +4281,7 @@ def run_study(
     if isinstance(executor, ThreadPoolExecutor):
         raise ValueError("Threads share random state. Give an executor of processes.")
     cells = _cells(grid, fixed)
-    plan = _plan(cells, executor)
+    plan = plan_study(cells, executor=executor)
     print(plan.attrs["summary"], flush=True)
     left = plan.index[(plan["status"] != "done") & (plan["error"] == "")]
     work, errors, began, spent = plan["images"], plan["error"].tolist(), time.monotonic(), 0
@@ -4332,14 +4290,14 @@ def run_study(
     for n, (k, error) in enumerate(_work_off(todo, _workers(executor, workers)), start=1):
         errors[left[k]] = error
         spent += work[left[k]]
-        shown.images(int(work[left[k]]))
+        shown.bar.update(int(work[left[k]]))
         shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
         if shown.how == "log":
             rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
             print(f"{n} of {len(left)}, about {tqdm.format_interval(rest)} left: "
                   f"{' '.join(str(todo[k][name]) for name in grid)}: {error or 'done'}", flush=True)
     shown.bar.close()
-    return pd.DataFrame(_look_all(cells)).assign(error=errors)
+    return pd.DataFrame(_look(cells)).assign(error=errors)
 
 
 # =============================================================================
@@ -4423,6 +4381,9 @@ def plot_confusion(run: Run) -> Figure:
     from sklearn.metrics import ConfusionMatrixDisplay
 
     names, labels = run.config["class_names"], run.predictions["labels"]
+    if labels.ndim == 2:
+        raise ValueError("With several labels an image, no class is taken for another: there is "
+                         "no confusion matrix. Score each label by itself (notebook 03).")
     side = 2.2 + 0.45 * len(names)
     figure, axis = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
     ConfusionMatrixDisplay.from_predictions(

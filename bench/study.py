@@ -2,7 +2,7 @@
 
     python bench/study.py                    four to six minutes on one core
     python bench/study.py --cold 1 4 16 64   also the longest row of the second table
-    python bench/study.py --rate 4000        the last table alone, for 4000 training images/s
+    python bench/study.py --rate 4000        the last table alone, for an assumed rate
 
 The tiny runs are real ones (ResNet50, phantoms, run folders) of two seconds and less, so that what
 is not training shows. The plan of 10,000 runs is made from run folders on disk that hold the two
@@ -159,8 +159,8 @@ def images_per_second() -> float:
     return config.batch_size / float(np.median(times[1:]))
 
 
-def print_full_study(rate: float, overhead: float) -> None:
-    print(f"\nOn paper: {METHODS} initialisations, fractions {FRACTIONS}, {SEEDS} seeds, "
+def print_full_study(rate: float, overhead: float, source: str) -> None:
+    print(f"\nOn paper: {METHODS} initialisations, fractions {FRACTIONS}, {SEEDS} seeds; {source}: "
           f"{rate:.3g} training images/s at 224 px, {overhead:.2f} s overhead a run\n")
     print("| recipe | task | runs | training images | h on 1 device | h on 8 |")
     print("|---|---|---|---|---|---|")
@@ -199,14 +199,14 @@ def main() -> None:
     parser.add_argument("--overhead", type=float, default=0.5, help="seconds a run, with --rate")
     options = parser.parse_args()
     if options.rate:
-        print_full_study(options.rate, options.overhead)
+        print_full_study(options.rate, options.overhead, "ASSUMED")
         return
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     print(f"{where or 'CPU'}, {torch.get_num_threads()} of {os.cpu_count()} threads, torch "
           f"{torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
     overhead = print_runs(options.warm, options.cold)
     print_planning()
-    print_full_study(images_per_second(), overhead)
+    print_full_study(images_per_second(), overhead, f"measured here, on {where or 'a CPU'}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import tokenize
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 
@@ -163,7 +164,8 @@ def test_readme_table_lists_exactly_the_notebooks():
 # --- that they run ------------------------------------------------------------------------------
 
 # Small for speed: one epoch on small pictures says nothing about a method, but runs every cell.
-TINY = {"epochs": 1, "image_size": 32, "weights": "stand-in", "dataset": "phantom"}
+SMALL = {"epochs": 1, "image_size": 32}
+TINY = {**SMALL, "weights": "stand-in", "dataset": "phantom"}
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,58 @@ def test_05_compares_another_score(workbook):
     notebook = run_with(workbook, "05_compare_results", metric="ACC")
     text = "".join(t for c in notebook.cells for t in output_texts(c))
     assert "SparK" in text and "ACC" in text and "DEMO" in text
+
+
+def write_medmnist(path: Path, n_labels: int, n_classes: int, channels: int) -> None:
+    """A file in MedMNIST's layout, tiny for speed; label c is in every split."""
+    rng, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", 24), ("val", 18), ("test", 20)):
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, 28, 28, 3)[:3 + channels // 3], np.uint8)
+        i = np.arange(n)[:, None]
+        arrays[f"{part}_labels"] = (i + np.arange(n_labels)) % (2 if n_labels > 1 else n_classes)
+    path.parent.mkdir(exist_ok=True)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dataset, layout, words", [
+    ("chestmnist", (14, 2, 1), ["false alarms", "cardiomegaly", "wrong somewhere"]),
+    ("retinamnist", (1, 5, 3), ["surest mistakes", "test images are wrong"]),
+])
+def test_03_scores_several_labels_and_ordered_classes(workbook, dataset, layout, words):
+    write_medmnist(workbook / "tiny" / f"{dataset}.npz", *layout)
+    notebook = run_with(workbook, "03_fine_tune", **{**TINY, "dataset": dataset}, method="random",
+                        unofficial=True, data_dir="../tiny", study=dataset, keep_best=False)
+    text = "".join(t for c in notebook.cells for t in (c.source, *output_texts(c)))
+    assert [w for w in words if w not in text] == []
+    run = medssl.load_run(next((workbook / "runs" / dataset).glob("*/metrics.json")).parent)
+    assert run.predictions["scores"].shape == (20, max(layout[:2]))
+    drawn = [o for c in notebook.cells for o in c.get("outputs", []) if "image/png" in
+             o.get("data", {})]
+    assert len(drawn) == (4 if dataset == "chestmnist" else 5)  # no confusion matrix of findings
+
+
+@pytest.mark.slow
+def test_04_runs_another_grid_and_leaves_what_it_promises(workbook):
+    notebook = run_with(workbook, "04_run_study", **SMALL, methods=["MoCo"], fractions=[0.5],
+                        seeds=[3], study="other", notebook="03_fine_tune.ipynb")
+    text = "".join(t for c in notebook.cells for t in output_texts(c))
+    assert "Runs: 1 in all, 1 to do." in text and "1 of 1 runs are done" in text
+    assert "1 finished runs, 0 of them written again" in text
+    runs = medssl.load_runs(workbook / "runs" / "other")
+    asked = runs[["method", "label_fraction", "seed", "status", "stamp"]].to_numpy().tolist()
+    assert asked == [["MoCo", 0.5, 3, "done", "DEMO"]]
+    assert (runs["folder"][0] / "notebook.ipynb").exists()
+    handed_over = re.search(r'In notebook 05 set study_dir = "(.+?)"', text)[1]
+    assert (workbook / "notebooks" / handed_over).samefile(workbook / "runs" / "other")
+
+
+@pytest.mark.slow
+def test_04_stops_after_the_plan_when_asked_to(workbook):
+    notebook = run_with(workbook, "04_run_study", **SMALL, study="planned", dry_run=True)
+    text = "".join(t for c in notebook.cells for t in output_texts(c))
+    assert "Runs: 4 in all, 4 to do." in text and "nothing was run" in text
+    assert not (workbook / "runs" / "planned").exists()
 
 
 BAD = {

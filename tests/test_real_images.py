@@ -54,6 +54,26 @@ def test_pneumoniamnist_ends_with_scores_for_all_624_test_images(tmp_path, check
     assert 460 <= run.config["n_train"] <= 480
 
 
+@needs_shared
+@pytest.mark.slow
+def test_every_recipe_runs_on_covid_ct_and_none_of_it_is_a_full_run(tmp_path):
+    """Small for speed: a tenth of the labels at 32 pixels, across the recipe's last boundary."""
+    stamps = {}
+    for recipe in medssl.RECIPES:
+        epochs = 12 if recipe == "paper" else 2
+        config = medssl.FineTuneConfig.named(recipe, "covid_ct", image_size=32, epochs=epochs)
+        data = medssl.load_data("covid_ct", image_size=32, data_dir=SHARED,
+                                dtype="float32" if recipe == "paper" else "uint8")
+        run = medssl.fine_tune(*medssl.load_backbone("random", weights="published"), data, config,
+                               label_fraction=0.1, runs_dir=tmp_path, device="cpu",
+                               progress="none", keep_best=False)
+        assert run.predictions["scores"].shape == (203, 2) and 0 <= run.metrics["AUC"] <= 1
+        stamps[recipe] = run.stamp
+        if recipe == "paper":
+            assert list(run.history["lr"])[9:] == [1e-4, 1e-4, 2e-5]
+    assert stamps == {"recommended": "SHORT", "paper": "SHORT", "linear": "SHORT", "demo": "DEMO"}
+
+
 @pytest.mark.parametrize("parameters, words", [
     ({"method": "BYOLL"}, "Did you mean 'BYOL'"),
     ({"dataset": "organmnist"}, "organ.mnist"),

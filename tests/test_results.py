@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,21 @@ def test_patients_are_scored_once_and_unknown_ones_left_out():
     found = medssl.pool_by_patient(labels, scores, np.array(["p", "p", "q", ""]))
     assert found[0].tolist() == [0, 1]
     np.testing.assert_allclose(found[1], [[0.7, 0.3], [0.1, 0.9]])
+
+
+def test_patients_with_several_labels_each_are_scored_once():
+    labels = np.array([[1, 0, 1], [1, 0, 1], [0, 0, 1]])
+    scores = np.array([[0.2, 0.4, 0.6], [0.4, 0.4, 0.8], [0.1, 0.1, 0.1]])
+    truth, mean = medssl.pool_by_patient(labels, scores, np.array(["a", "a", "b"]))
+    assert truth.tolist() == [[1, 0, 1], [0, 0, 1]]
+    np.testing.assert_allclose(mean, [[0.3, 0.4, 0.7], [0.1, 0.1, 0.1]])
+
+
+def test_no_confusion_matrix_is_drawn_of_several_labels():
+    run = types.SimpleNamespace(predictions={"labels": np.eye(3, dtype=int)},
+                                config={"class_names": ["a", "b", "c"]})
+    with pytest.raises(ValueError, match="no confusion matrix. Score each label"):
+        medssl.plot_confusion(run)
 
 
 def test_a_patient_with_two_labels_is_named():

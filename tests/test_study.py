@@ -129,6 +129,12 @@ def test_the_seconds_follow_the_size_of_the_subset(log):
     assert table["seconds"][1] > 2 * table["seconds"][0]
 
 
+def test_features_of_a_linear_evaluation_are_counted_once_for_all_fractions_and_seeds(log):
+    grid = {"method": ["SparK", "BYOL"], "label_fraction": [0.25, 1.0], "seed": [0, 1, 2]}
+    table = plan(log, grid, recipe="linear")
+    assert table.groupby("method")["images"].sum().between(24 + 12 + 16, 24 + 12 + 16 + 6).all()
+
+
 def test_kept_weights_are_in_the_gigabytes(log):
     lean, rich = plan(log)["gigabytes"].sum(), plan(log, keep_best=True)["gigabytes"].sum()
     assert rich - lean == pytest.approx(8 * 0.0944)

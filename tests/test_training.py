@@ -1,6 +1,8 @@
 """The training engine: phases, recipes, repeatability, the run folder."""
 
 import dataclasses
+import inspect
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +31,22 @@ def toy_split(n: int, prefix: str, seed: int) -> Split:
     return Split(images, labels.astype(np.int64), ids)
 
 
-def make_toy() -> DataSplits:
+def make_toy(task: str = "binary") -> DataSplits:
+    """Two classes; "ordinal": four grades; "multi-label": 3 findings, the third by chance."""
+    data = toy_data()
+    if task == "binary":
+        return data
+    parts = {}
+    for name in medssl.SPLITS:
+        part = getattr(data, name)
+        i = np.arange(len(part))
+        labels = i % 4 if task == "ordinal" else np.stack([i % 2, (i + 1) % 2, i // 2 % 2], 1)
+        parts[name] = dataclasses.replace(part, labels=labels)
+    names = ("none", "mild", "severe", "worst")[:4 if task == "ordinal" else 3]
+    return dataclasses.replace(data, **parts, task=task, class_names=names)
+
+
+def toy_data() -> DataSplits:
     return DataSplits("toy", toy_split(24, "a", 0), toy_split(12, "b", 1), toy_split(16, "c", 2),
                       ("clear", "lesion"), (0.3,) * 3, (0.2,) * 3, "made by the test", demo=True)
 
@@ -68,6 +85,7 @@ def tiny_head(monkeypatch):
         torch.manual_seed(seed)
         net = TinyNet()
         net.load_state_dict(model.state_dict(), strict=False)
+        net.fc = net.fc if n_classes == 2 else nn.Linear(8, n_classes)
         return net
 
     monkeypatch.setattr(medssl, "add_head", add_head)
@@ -162,6 +180,13 @@ def test_warm_up_rises_and_cosine_ends_near_zero():
     assert factors[99] < 0.01 and max(factors) == 1
 
 
+def test_each_default_of_the_recommended_recipe_says_why():
+    source = inspect.getsource(FineTuneConfig)
+    for field in dataclasses.fields(FineTuneConfig)[1:]:
+        line, = re.findall(rf"^    {field.name}: .+ = .+$", source, flags=re.MULTILINE)
+        assert re.search(r"  # (literature|convention|measured): .{5}", line), line
+
+
 @pytest.mark.parametrize("change, words", [
     ({"recipe": "papr"}, "Did you mean 'paper'"),
     ({"epochs": 0}, "epochs must be above 0"),
@@ -252,6 +277,7 @@ def test_run_folder_holds_what_the_design_names(backbone, toy, tmp_path):
     assert files == {"config.json", "history.csv", "predictions.npz", "best.safetensors",
                      "metrics.json"}
     assert run.config["n_train"] == 12 and run.stamp == "DEMO"
+    assert run.metrics["seconds"] > 0 and 0.01 < run.metrics["memory_gb"] < 100
     assert run.predictions["scores"].shape == (16, 2)
     assert list(run.predictions["ids"]) == list(toy.test.ids)
     np.testing.assert_allclose(run.predictions["scores"].sum(1), 1, rtol=1e-5)
@@ -300,17 +326,119 @@ def test_linear_recipe_leaves_the_backbone_as_it_was(backbone, toy, tmp_path):
     assert run.metrics["AUC"] > 0.8
 
 
-@pytest.mark.parametrize("n_classes", [2, 4])
-def test_logistic_regression_and_softmax_head_agree(n_classes):
+@pytest.mark.parametrize("labels", [np.arange(80) % 2, np.arange(80) % 4, 1 + np.arange(80) % 3])
+def test_head_of_a_linear_evaluation_is_scikit_learns_logistic_regression(labels):
     from sklearn.linear_model import LogisticRegression
 
-    rng = np.random.default_rng(0)
-    labels = np.arange(80) % n_classes
-    features = rng.normal(size=(80, 5)) + labels[:, None]
-    fit = LogisticRegression().fit(features, labels)
-    weight, bias = medssl._as_softmax(fit, n_classes)
-    logits = torch.as_tensor(features, dtype=torch.float32) @ weight.T + bias
-    np.testing.assert_allclose(logits.softmax(1), fit.predict_proba(features), atol=1e-5)
+    features = np.random.default_rng(0).normal(size=(80, 5)) + labels[:, None]
+    weight, bias = medssl._logistic(features, labels, 0.1, 4)
+    found = torch.as_tensor(features @ weight.T + bias).softmax(1)
+    fit = LogisticRegression(C=0.1, max_iter=2000).fit(features, labels)
+    np.testing.assert_allclose(found[:, fit.classes_], fit.predict_proba(features), atol=1e-9)
+    assert found.sum(1).allclose(found[:, fit.classes_].sum(1))  # no class that wasn't seen
+
+
+def test_several_labels_get_a_logistic_regression_each():
+    from sklearn.linear_model import LogisticRegression
+
+    labels = np.stack([np.arange(80) % 2, np.arange(80) % 3 == 0], 1).astype(int)
+    features = np.random.default_rng(0).normal(size=(80, 5)) + labels[:, :1]
+    weight, bias = medssl._logistic(features, labels, 0.1, 2)
+    found = torch.as_tensor(features @ weight.T + bias).sigmoid()
+    for c in range(2):
+        fit = LogisticRegression(C=0.1, max_iter=2000).fit(features, labels[:, c])
+        np.testing.assert_allclose(found[:, c], fit.predict_proba(features)[:, 1], atol=1e-9)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The sizes of the batches that went through a backbone; nothing kept from other tests."""
+    sizes, forward = [], TinyNet.forward
+    monkeypatch.setattr(medssl, "_kept_features", {})
+
+    def counting(net, x):
+        sizes.append(len(x))
+        return forward(net, x)
+
+    monkeypatch.setattr(TinyNet, "forward", counting)
+    return sizes
+
+
+LINEAR = FineTuneConfig.named("linear", image_size=SIZE, normalise="dataset")
+
+
+def test_features_are_computed_once_for_all_fractions_and_seeds(backbone, toy, tmp_path, passes):
+    for fraction in (0.25, 0.5, 1.0):
+        for seed in (0, 1):
+            run_quick(backbone, toy, tmp_path, LINEAR, label_fraction=fraction, seed=seed)
+    assert sum(passes) == len(toy.train) + len(toy.val) + len(toy.test)
+
+
+def test_kept_features_give_the_bits_of_new_ones(backbone, toy, tmp_path, passes):
+    kept = [run_quick(backbone, toy, tmp_path / "kept", LINEAR, label_fraction=f) for f in (1, 0.5)]
+    medssl._kept_features.clear()
+    new = run_quick(backbone, toy, tmp_path / "new", LINEAR, label_fraction=0.5)
+    assert np.array_equal(new.predictions["scores"], kept[1].predictions["scores"])
+    assert new.history.drop(columns="seconds").equals(kept[1].history.drop(columns="seconds"))
+
+
+def test_another_backbone_other_images_or_another_size_get_their_own_features(
+        backbone, toy, tmp_path, passes):
+    changed = dataclasses.replace(toy, test=toy.test.take(np.arange(15)))
+    other = TinyBackbone()
+    for i, asked in enumerate(((backbone, toy, LINEAR), (other, toy, LINEAR),
+                               (backbone, changed, LINEAR),
+                               (backbone, toy, dataclasses.replace(LINEAR, image_size=40)))):
+        model, data, config = asked
+        run_quick(model, data, tmp_path / str(i), config)
+    assert sum(passes) == 3 * 52 + 51
+
+
+def test_features_kept_in_memory_are_bounded(toy, tmp_path, passes, monkeypatch):
+    monkeypatch.setattr(medssl, "FEATURE_BYTES", 2.5 * 52 * 8192)
+    first, second, third = (TinyBackbone() for _ in range(3))
+    for i, model in enumerate((first, second, first, third)):  # the second waited longest
+        run_quick(model, toy, tmp_path / str(i), LINEAR)
+    assert len(medssl._kept_features) == 2 and sum(passes) == 3 * 52
+    run_quick(first, toy, tmp_path / "again", LINEAR)
+    assert sum(passes) == 3 * 52
+
+
+# --- tasks -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("recipe", ["demo", "linear"])
+def test_several_labels_an_image_are_trained_and_scored_each(backbone, tmp_path, recipe):
+    data = make_toy("multi-label")
+    config = LINEAR if recipe == "linear" else dataclasses.replace(
+        QUICK, epochs=25, lr=1e-2, backbone_lr=1e-2)
+    run = run_quick(backbone, data, tmp_path, config)
+    labels, scores = run.predictions["labels"], run.predictions["scores"]
+    assert labels.shape == scores.shape == (16, 3)
+    assert not np.allclose(scores.sum(1), 1)  # a sigmoid each, not a softmax
+    expected = F.binary_cross_entropy(torch.tensor(scores), torch.tensor(labels).float())
+    assert run.metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    per_label = [medssl.score(labels[:, [c]], scores[:, [c]])["AUC"] for c in range(3)]
+    assert run.metrics["AUC"] == pytest.approx(np.mean(per_label))
+    assert min(per_label[:2]) > 0.8  # the third finding is not in the picture
+    assert run.metrics["ACC"] == pytest.approx(((scores > 0.5) == labels).mean())
+    assert run.metrics["threshold"] is None and run.metrics["balanced ACC"] is None
+
+
+def test_a_label_that_validation_never_has_is_refused_before_training(backbone, tmp_path):
+    data = make_toy("multi-label")
+    labels = data.val.labels * [1, 1, 0]
+    data = dataclasses.replace(data, val=dataclasses.replace(data.val, labels=labels))
+    with pytest.raises(ValueError, match="no image of severe"):
+        run_quick(backbone, data, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ordered_classes_are_trained_and_scored_as_classes(backbone, tmp_path):
+    """As MedMNIST does with RetinaMNIST."""
+    run = run_quick(backbone, make_toy("ordinal"), tmp_path)
+    assert run.predictions["scores"].shape == (16, 4)
+    np.testing.assert_allclose(run.predictions["scores"].sum(1), 1, rtol=1e-5)
+    assert run.metrics["F1 paper"] == pytest.approx(run.metrics["ACC"])  # micro
 
 
 # --- bad luck ----------------------------------------------------------------------------------
