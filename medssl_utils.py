@@ -4553,7 +4553,7 @@ SLICES_PER_PATIENT = 2
 
 
 def demo_data(
-    seed: int = 0, *, n_train: int = 240, n_val: int = 80, n_test: int = 160, image_size: int = 48,
+    seed: int = 0, *, n_train: int = 240, n_val: int = 48, n_test: int = 120, image_size: int = 48,
 ) -> DataSplits:
     """Draw CT-like axial chest slices; class 1 has hazy patches under the pleura.
 

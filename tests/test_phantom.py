@@ -13,7 +13,7 @@ def phantoms() -> m.DataSplits:
 
 
 def test_sizes_shapes_and_types(phantoms):
-    for name, n in (("train", 240), ("val", 80), ("test", 160)):
+    for name, n in (("train", 240), ("val", 48), ("test", 120)):
         part = getattr(phantoms, name)
         assert part.images.shape == (n, 48, 48)
         assert part.images.dtype == np.uint8
