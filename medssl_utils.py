@@ -4559,7 +4559,7 @@ def demo_data(
 
     Each patient has two neighbouring slices and stays in one split; classes are balanced. Window
     level, lung density, body shape, vessels and noise vary from patient to patient. Brightness
-    hints at the class (AUC of the mean about .64, of the best percentile .78); to score above
+    hints at the class (AUC of the mean about .61, of the best percentile .79); to score above
     that, a network has to see the patches.
 
     Args:
