@@ -4338,7 +4338,8 @@ def plot_images(
         axis.set_title(text, fontsize=8)
     figure.suptitle(title, fontsize=10)
     texts = "; ".join(" ".join(text.split()) for text in titles)
-    return with_alt(figure, f"{len(images)} images. {title}: {texts}.")
+    start = f"{len(images)} images. " + (f"{title}: " if title else "")
+    return with_alt(figure, f"{start}{texts}.")
 
 
 def plot_history(run: Run) -> Figure:

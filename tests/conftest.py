@@ -38,7 +38,7 @@ def few_phantoms() -> Iterator[medssl.DataSplits]:
 
 @pytest.fixture(scope="session")
 def planted_file(few_phantoms, tmp_path_factory) -> Path:
-    """A checkpoint in BYOL's layout that knows: it was trained on all labels, the test set's too."""
+    """A checkpoint in BYOL's layout that knows: trained on all labels, the test images' too."""
     import planted
 
     config = medssl.FineTuneConfig.named("demo", image_size=32)

@@ -4,14 +4,16 @@ import base64
 import copy
 import io
 import re
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from IPython.core.formatters import DisplayFormatter
-from notebook_cells import ROOT, read_cells, run_cells
+from notebook_cells import ROOT, run_cells
 from PIL import Image
 from torch import nn
 
@@ -168,6 +170,23 @@ def test_a_figure_is_displayed_with_its_words():
     data, metadata = DisplayFormatter(active_types=["text/plain", "image/png"]).format(figure)
     assert metadata["image/png"]["alt"] == data["text/plain"] == "a small empty figure"
     assert not plt.fignum_exists(figure.number)
+
+
+def test_a_confusion_matrix_is_spelt_out_in_words():
+    scores = np.eye(2)[[0, 0, 1, 0]]
+    run = medssl.Run(Path(), {"class_names": ["clear", "lesion"], "stamp": "DEMO"}, {},
+                     pd.DataFrame(), {"labels": np.array([0, 0, 1, 1]), "scores": scores})
+    assert medssl.plot_confusion(run)._repr_mimebundle_()[0]["text/plain"] == (
+        "Confusion matrix of 4 test images: 2 clear called clear, 1 lesion called clear, "
+        "1 lesion called lesion.")
+
+
+def test_curves_are_told_by_where_they_begin_and_end():
+    rows = pd.DataFrame({"epoch": [0, 1, 2], "train_loss": [1.0, 0.5, 0.25],
+                         "val_AUC": [0.5, None, 0.9], "val_ACC": [0.5, 0.6, 0.7]})
+    words = medssl._draw_history(rows, "SparK", chosen=2)._repr_mimebundle_()[0]["text/plain"]
+    assert words == ("Curves of SparK over 3 values of epoch: train_loss from 1 to 0.25, val_AUC "
+                     "from 0.5 to 0.9, val_ACC from 0.5 to 0.7; chosen: epoch 2.")
 
 
 def pictures(notebook):
