@@ -2065,7 +2065,11 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
     if len(names) < 2:
         raise ValueError(f"{folder} has images of one class only ({names[0]}); at least two are "
                          f"needed. {' '.join(found.notes)}")
-    missing = [part for part in ("test", "val") if part not in set(found.table["split"])]
+    parts = set(found.table["split"])
+    if not parts & {"", "train"}:
+        raise ValueError(f"{folder} has {' and '.join(sorted(parts))} but no train part: nothing "
+                         f"to learn from. To score a model on it, see read_folder.")
+    missing = [part for part in ("test", "val") if part not in parts]
     found, notes = _draw_parts(found, missing, seed), list(found.notes)
     if missing:
         path = found.cache.with_name(f"{found.name}_{found.cache.stem[:8]}_seed{seed}.csv")
@@ -2198,7 +2202,8 @@ def _list_csv(path: Path) -> pd.DataFrame:
         columns=["path", "label", "split", "patient"], fill_value="")
     table = table.apply(lambda column: column.str.strip())
     if table.empty or (table[["path", "label"]] == "").any(axis=None):
-        raise ValueError(f"{path} must have the columns path and label, filled in every row.")
+        raise ValueError(f"{path} must have the columns path and label, filled in every row. If "
+                         f"it is no list of the images, move it out of their folder.")
     table["split"] = table["split"].str.lower().replace(SPLIT_FOLDERS)
     if strange := set(table["split"]) - ({*SPLITS} if any(table["split"]) else {""}):
         raise ValueError(f"{path}: split is {_few(map(repr, sorted(strange)))} in some rows; it "

@@ -172,6 +172,12 @@ def test_a_class_folder_without_an_image_is_named(folder, read):
         read(labelled=True)
 
 
+def test_a_folder_without_a_train_part_is_an_error(folder, tmp_path):
+    write_classes(folder / "test")
+    with pytest.raises(ValueError, match="has test but no train part"):
+        m.load_data(folder, data_dir=tmp_path / "data")
+
+
 def test_one_class_only_is_an_error(folder, tmp_path):
     write_classes(folder, names=("ill",))
     with pytest.raises(ValueError, match=r"one class only \(ill\)"):
