@@ -1875,6 +1875,7 @@ def _decode_all(sources: Sequence[Any], ids: Sequence[str], image_size: int,
 
     images = np.empty((len(sources), image_size, image_size, 3), dtype)
     broken: list[str] = []
+    torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
     with ThreadPoolExecutor() as pool:                               # Pillow frees the GIL
         formats = list(pool.map(decode, range(len(sources))))
     if broken:
@@ -2275,7 +2276,9 @@ def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
             leftover.unlink()
         try:                                                         # the record is written last
             kept = json.loads(record.read_text("utf-8"))
-            whole = kept["bytes"] == cache.stat().st_size
+            whole = kept["bytes"] == cache.stat().st_size and not any(
+                _reads_now(path, options) for path, fact in zip(paths, kept["facts"])
+                if fact["reason"])
         except (OSError, ValueError, KeyError):
             whole = False
         if not whole:
@@ -2283,6 +2286,18 @@ def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
             kept = {"facts": facts, "bytes": cache.stat().st_size}
             _write_json(record, kept)
     return cache, pd.DataFrame(kept["facts"])
+
+
+def _reads_now(path: Path, options: ReadOptions) -> bool:
+    """Try a file again that could not be read: a right or a decoder may have been added."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            facts, read = _open_file(path, options)
+            numbers = _chosen(facts.get("count", 1), options.slices)
+            return all(read(number).ndim < 4 for number in numbers)
+        except Exception:                                            # still the same, or another
+            return False
 
 
 def _decode_files(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
@@ -2321,6 +2336,7 @@ def _decode_files(paths: Sequence[Path], options: ReadOptions, size: int, dtype:
 
 def _in_parallel(work: Callable[[int], Any], items: Sequence[int], what: str) -> None:
     """Do `work` on all items in threads (decoders free the GIL), with a bar if watched."""
+    torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             deque(tqdm(pool.map(work, items), desc=what, total=len(items), unit="file",
