@@ -100,7 +100,7 @@ bench: $(READY)  ## run the benchmarks
 	@set -e; for script in $(filter-out bench/faults%.py,$(wildcard bench/*.py)); do \
 	    echo "== $$script"; $(PY) "$$script"; done
 
-faults: $(READY)  ## print what happens at each fault: downloads, files, data
+faults: $(READY)  ## print what happens at each fault: downloads, checkpoints, images
 	$(PY) bench/faults.py
 	$(PY) bench/faults_data.py
 

@@ -1629,6 +1629,7 @@ def _decode_all(sources: Sequence[Any], ids: Sequence[str], image_size: int,
 
     images = np.empty((len(sources), image_size, image_size, 3), dtype)
     broken: list[str] = []
+    torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
     with ThreadPoolExecutor() as pool:                               # Pillow frees the GIL
         formats = list(pool.map(decode, range(len(sources))))
     if broken:
@@ -1819,7 +1820,11 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
     if len(names) < 2:
         raise ValueError(f"{folder} has images of one class only ({names[0]}); at least two are "
                          f"needed. {' '.join(found.notes)}")
-    missing = [part for part in ("test", "val") if part not in set(found.table["split"])]
+    parts = set(found.table["split"])
+    if not parts & {"", "train"}:
+        raise ValueError(f"{folder} has {' and '.join(sorted(parts))} but no train part: nothing "
+                         f"to learn from. To score a model on it, see read_folder.")
+    missing = [part for part in ("test", "val") if part not in parts]
     found, notes = _draw_parts(found, missing, seed), list(found.notes)
     if missing:
         path = found.cache.with_name(f"{found.name}_{found.cache.stem[:8]}_seed{seed}.csv")
@@ -1952,7 +1957,8 @@ def _list_csv(path: Path) -> pd.DataFrame:
         columns=["path", "label", "split", "patient"], fill_value="")
     table = table.apply(lambda column: column.str.strip())
     if table.empty or (table[["path", "label"]] == "").any(axis=None):
-        raise ValueError(f"{path} must have the columns path and label, filled in every row.")
+        raise ValueError(f"{path} must have the columns path and label, filled in every row. If "
+                         f"it is no list of the images, move it out of their folder.")
     table["split"] = table["split"].str.lower().replace(SPLIT_FOLDERS)
     if strange := set(table["split"]) - ({*SPLITS} if any(table["split"]) else {""}):
         raise ValueError(f"{path}: split is {_few(map(repr, sorted(strange)))} in some rows; it "
@@ -2024,7 +2030,9 @@ def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
             leftover.unlink()
         try:                                                         # the record is written last
             kept = json.loads(record.read_text("utf-8"))
-            whole = kept["bytes"] == cache.stat().st_size
+            whole = kept["bytes"] == cache.stat().st_size and not any(
+                _reads_now(path, options) for path, fact in zip(paths, kept["facts"])
+                if fact["reason"])
         except (OSError, ValueError, KeyError):
             whole = False
         if not whole:
@@ -2032,6 +2040,18 @@ def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
             kept = {"facts": facts, "bytes": cache.stat().st_size}
             _write_json(record, kept)
     return cache, pd.DataFrame(kept["facts"])
+
+
+def _reads_now(path: Path, options: ReadOptions) -> bool:
+    """Try a file again that could not be read: a right or a decoder may have been added."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            facts, read = _open_file(path, options)
+            numbers = _chosen(facts.get("count", 1), options.slices)
+            return all(read(number).ndim < 4 for number in numbers)
+        except Exception:                                            # still the same, or another
+            return False
 
 
 def _decode_files(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
@@ -2070,6 +2090,7 @@ def _decode_files(paths: Sequence[Path], options: ReadOptions, size: int, dtype:
 
 def _in_parallel(work: Callable[[int], Any], items: Sequence[int], what: str) -> None:
     """Do `work` on all items in threads (decoders free the GIL), with a bar if watched."""
+    torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             deque(tqdm(pool.map(work, items), desc=what, total=len(items), unit="file",

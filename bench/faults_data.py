@@ -110,10 +110,10 @@ READERS = {"ours": read_ours, "ImageFolder": read_image_folder, "plain pydicom":
 
 
 def outcome(reader: Callable, case: Case, folder: Path, data_dir: Path) -> faults.Outcome:
-    """Read and judge; for the process of the case. The text is what is wrong, "" if nothing."""
-    warnings.simplefilter("ignore")
+    """Read and judge; the text is what is wrong, "" if nothing."""
     try:
-        pictures = reader(folder, case.window, data_dir)
+        with warnings.catch_warnings(action="ignore"):
+            pictures = reader(folder, case.window, data_dir)
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         told = bool(case.says) and bool(re.search(case.says, text, re.I))
@@ -293,8 +293,8 @@ def no_decoder(uid: str) -> Iterator[None]:
         yield
 
 
-def run(case: Case, tools: Iterable[str] = READERS) -> faults.Result:
-    """One case under each of `tools` whose business it is."""
+def run(case: Case, tools: Iterable[str] = READERS, apart: bool = True) -> faults.Result:
+    """One case under each of `tools` whose business it is, in processes of their own or here."""
     result = faults.Result(case.row, case.name)
     hidden = partial(no_decoder, JPEGLSLossless) if "no decoder" in case.name else nullcontext
     for tool in tools:
@@ -311,8 +311,8 @@ def run(case: Case, tools: Iterable[str] = READERS) -> faults.Result:
                 Image.fromarray(255 - GREY).save(folder / "in" / "b" / "good.png")
             case.build(folder / "in")
             with hidden():
-                got = faults.isolated(partial(outcome, READERS[tool], case, folder / "in",
-                                              folder / "data"))
+                work = partial(outcome, READERS[tool], case, folder / "in", folder / "data")
+                got = faults.isolated(work) if apart else work()
         finally:
             shutil.rmtree(folder)
         result.survived[tool], result.words[tool] = verdict(case, got, f"{folder}/in/")
