@@ -64,6 +64,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 __all__ = [
+    "check_choice",
     # Checkpoints
     "CHECKPOINTS", "METHODS", "CONTROLS", "CheckpointError", "KeyReport",
     "download_checkpoint", "load_state_dict", "load_backbone", "export_backbone",
@@ -87,7 +88,7 @@ __all__ = [
 ]
 
 
-def _choose(value: str, options: Iterable[str], what: str) -> str:
+def check_choice(value: str, options: Iterable[str], what: str) -> str:
     """Return `value` if it is one of `options`; else raise ValueError with the nearest name."""
     options = list(options)
     if value in options:
@@ -224,7 +225,7 @@ def download_checkpoint(
     Raises:
         CheckpointError: the file could not be had; says why, and how to get it by hand.
     """
-    checkpoint = CHECKPOINTS[_choose(method, METHODS, "method")]
+    checkpoint = CHECKPOINTS[check_choice(method, METHODS, "method")]
     target = Path(folder) / checkpoint.filename
     try:
         recorded = _checksums(target.parent).get(target.name)
@@ -912,7 +913,7 @@ def load_backbone(
         CheckpointError: anything but 318 right tensors of the method that was asked for.
     """
     if method is not None:
-        _choose(method, (*METHODS, *CONTROLS), "method")
+        check_choice(method, (*METHODS, *CONTROLS), "method")
     if path is None and method is None:
         raise ValueError("Give a method, or the path of a file whose method is to be recognised.")
     if method in CONTROLS and path is None:
@@ -938,7 +939,7 @@ _Loaded = tuple[dict[str, torch.Tensor], KeyReport]  # the 318 tensors, and what
 def _locate(method: str, weights: str, folder: Path) -> Path:
     """Return the stand-in or published file of a method, written or fetched where it is absent."""
     name = CHECKPOINTS[method].filename
-    if _choose(weights, ("stand-in", "published"), "weights") == "published":
+    if check_choice(weights, ("stand-in", "published"), "weights") == "published":
         # one that is there is checked as it is loaded: no need to read it twice
         return folder / name if (folder / name).is_file() else download_checkpoint(method, folder)
     path = folder / "stand-in" / name
@@ -1418,8 +1419,8 @@ def load_data(
         ValueError: unknown name or option; a file that isn't what it should be.
         FileNotFoundError: data that the user has to fetch; says from where and where to put it.
     """
-    _choose(dtype, ("uint8", "float32"), "dtype")
-    _choose(split, ("official", "grouped"), "split")
+    check_choice(dtype, ("uint8", "float32"), "dtype")
+    check_choice(split, ("official", "grouped"), "split")
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, not {image_size}.")
     name = str(dataset)
@@ -1434,7 +1435,7 @@ def load_data(
     else:
         named = [known for known in DATASETS if not known[-1].isdigit()]
         try:
-            _choose(name, named, "dataset")
+            check_choice(name, named, "dataset")
         except ValueError as error:
             raise ValueError(f"{error} A MedMNIST name may end in _64, _128 or _224; a folder is "
                              f"given by its path.") from None
@@ -1695,8 +1696,8 @@ class ReadOptions:
     patient: str = ""
 
     def __post_init__(self) -> None:
-        _choose(self.on_error, ("stop", "skip"), "on_error")
-        _choose(self.plane, PLANES, "plane")
+        check_choice(self.on_error, ("stop", "skip"), "on_error")
+        check_choice(self.plane, PLANES, "plane")
         if not re.fullmatch(r"middle|all|[1-9]\d*", str(self.slices)):
             raise ValueError(f"slices is {self.slices!r}; it must be 'middle', 'all' or a number "
                              f"above 0.")
@@ -2407,7 +2408,7 @@ def label_subset(
     Raises:
         ValueError: `fraction` outside (0, 1], or so small that nothing is left.
     """
-    _choose(rule, ("stratified", "authors", "first"), "subset rule")
+    check_choice(rule, ("stratified", "authors", "first"), "subset rule")
     if not 0 < fraction <= 1:
         raise ValueError(f"label_fraction is {fraction}; it must be above 0 and at most 1 "
                          f"(0.1 for a tenth of the labels).")
@@ -2736,14 +2737,14 @@ class FineTuneConfig:
     lr_candidates: tuple[float, ...] = ()  # convention: off; it multiplies the cost
 
     def __post_init__(self) -> None:
-        _choose(self.recipe, RECIPES, "recipe")
-        _choose(self.schedule, ("cosine", "constant", "authors"), "schedule")
-        _choose(self.select_by, ("ACC", "AUC", "loss"), "select_by")
-        _choose(self.normalise, ("dataset", "checkpoint"), "normalise")
-        _choose(self.subset_rule, ("stratified", "authors", "first"), "subset_rule")
-        _choose(self.precision, ("auto", "fp32", "tf32", "bf16"), "precision")
+        check_choice(self.recipe, RECIPES, "recipe")
+        check_choice(self.schedule, ("cosine", "constant", "authors"), "schedule")
+        check_choice(self.select_by, ("ACC", "AUC", "loss"), "select_by")
+        check_choice(self.normalise, ("dataset", "checkpoint"), "normalise")
+        check_choice(self.subset_rule, ("stratified", "authors", "first"), "subset_rule")
+        check_choice(self.precision, ("auto", "fp32", "tf32", "bf16"), "precision")
         for name in self.augment:
-            _choose(name, ("flip_ud", "flip_lr", "affine"), "augment")
+            check_choice(name, ("flip_ud", "flip_lr", "affine"), "augment")
         for name in ("image_size", "epochs", "batch_size", "lr", "accumulate"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
@@ -2751,7 +2752,7 @@ class FineTuneConfig:
     @classmethod
     def named(cls, recipe: str, dataset: str = "", **changes: Any) -> FineTuneConfig:
         """Return the recipe called `recipe`, with `changes` to single fields."""
-        _choose(recipe, RECIPES, "recipe")
+        check_choice(recipe, RECIPES, "recipe")
         build = {"recommended": cls, "linear": cls.linear, "demo": cls.demo}
         config = cls.paper(dataset) if recipe == "paper" else build[recipe]()
         return dataclasses.replace(config, **changes)
@@ -2962,7 +2963,7 @@ class Progress:
     """
 
     def __init__(self, how: str, total: int, title: str) -> None:
-        _choose(how, ("auto", "bar", "log", "none"), "progress")
+        check_choice(how, ("auto", "bar", "log", "none"), "progress")
         self.how = ("bar" if _is_watched() else "log") if how == "auto" else how
         self.bar = tqdm(total=total, desc=title, unit="img", disable=self.how != "bar")
         self.title, self.curve = title, None
@@ -3638,7 +3639,7 @@ def bootstrap_interval(
     Returns:
         Lower and upper end, or None where the score itself is undefined.
     """
-    _choose(metric, SCORES, "metric")
+    check_choice(metric, SCORES, "metric")
     weights = _resampling(_units(len(labels), groups), n_draws, seed)
     values = _weighted_score(metric, labels, scores, weights, threshold)
     if np.isnan(values[0]):
@@ -3803,7 +3804,7 @@ def compare_methods(
     done = runs[runs["status"] == "done"]
     for value, options, what in ((metric, SCORES, "metric"), (estimand, ESTIMANDS, "estimand"),
                                  (per, ("image", "patient"), "per")):
-        _choose(value, options, what)
+        check_choice(value, options, what)
     _refuse_mixing(done, by)
     cell = ["dataset", *by, "label_fraction", "n_test"]
     draws = _draw_scores(done, [*cell, "method", "seed"], metric, per, n_draws, seed)
@@ -3924,7 +3925,7 @@ def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
                          "demo or shortened runs are never compared with real ones. "
                          "Keep each kind in a study of its own.")
     for column in by:
-        _choose(column, MUST_AGREE, "by")
+        check_choice(column, MUST_AGREE, "by")
     apart = ["dataset", *by]
     trained = done[done["method"] != "random"]  # whose weights are drawn anew with each seed
     for table, keys, columns in ((done, apart, [c for c in MUST_AGREE if c not in by]),
@@ -4013,7 +4014,7 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
     """Return a study's cells, whole seeds first: half a study is then one of fewer seeds."""
     fields = [f.name for f in dataclasses.fields(FineTuneConfig)]
     for name in (*grid, *fixed):
-        _choose(name, dict.fromkeys((*ASKED, *WHERE, *fields)), "Setting")
+        check_choice(name, dict.fromkeys((*ASKED, *WHERE, *fields)), "Setting")
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or not values:
             raise ValueError(f"The grid's {name} is {values!r}; give a list, such as [{values!r}].")
@@ -4083,7 +4084,7 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row |= {"status": "to do", "error": "", "folder": None, "n_train": 0, "images": 0,
                 "seconds": 0.0, "gigabytes": 0.0}
         try:
-            _choose(cell["method"], (*METHODS, *CONTROLS), "method")
+            check_choice(cell["method"], (*METHODS, *CONTROLS), "method")
             config, data = _cell_data(cell)
             n_train, n_val, n_test = (len(getattr(data, name)) for name in SPLITS)
             row["n_train"] = round(cell["label_fraction"] * n_train)
@@ -4176,7 +4177,7 @@ def run_notebook(
 
     known = papermill.inspect_notebook(str(notebook))
     for name in parameters:
-        _choose(name, known, f"Parameter of {Path(notebook).name}")
+        check_choice(name, known, f"Parameter of {Path(notebook).name}")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     papermill.execute_notebook(str(notebook), str(output), dict(parameters), progress_bar=False,
                                cwd=str(Path(notebook).parent), kernel_name="python3")
@@ -4481,9 +4482,9 @@ def write_demo_checkpoint(
     Returns:
         The path.
     """
-    _choose(method, METHODS, "method")
+    check_choice(method, METHODS, "method")
     others = {"MoCo": ("linear head", "no head"), "SparK": ("still pre-training",)}
-    _choose(variant, ("published", *others.get(method, ())), f"variant of {method}")
+    check_choice(variant, ("published", *others.get(method, ())), f"variant of {method}")
     backbone = _demo_backbone(torch.Generator().manual_seed(len(METHODS) * seed
                                                             + METHODS.index(method)))
     state: dict[str, Any] = OrderedDict()
