@@ -22,7 +22,7 @@ import sys
 if "google.colab" in sys.modules:  # on Colab: fetch the helper, install what Colab lacks
     !wget -q -nc https://raw.githubusercontent.com/{name}/main/medssl_utils.py
     %pip install -q {requirements}"""
-NOT_ON_COLAB = ("gdown", "medmnist")  # Colab's own gdown is older than the floor
+NOT_ON_COLAB = ("gdown", "medmnist", "pydicom", "nibabel")  # Colab's own gdown is older than the floor
 
 
 def repository(project: dict) -> str | None:
