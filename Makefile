@@ -44,29 +44,33 @@ sys.exit("\n".join(["Failed:", *failed["error"]]) if len(failed) else 0)
 endef
 export GRID
 
-.PHONY: help workbook lab html test test-network test-browser test-colab bench faults badges figures clean
+.PHONY: help workbook lab html test test-network test-browser test-colab bench faults badges figures clean grid
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 
-# Of the notebooks around the grid, the last four need nothing but its runs: side by side, WORKERS
+# Notebook 02 runs beside the grid; the last four need nothing but its runs: side by side, WORKERS
 # at a time. The parameters that each is given:
 GIVE_01 := -r weights "$(WEIGHTS)"
 GIVE_02 := -r weights "$(WEIGHTS)"
 GIVE_05 := -r study_dir "../$(OUT)"
 GIVE_06 := -r weights "$(WEIGHTS)" -r dataset "$(DATASET)" -r recipe "$(RECIPE)"
 GIVE_07 := -r weights "$(WEIGHTS)"
-AFTER := 04_run_study 05_compare_results 06_look_inside 07_use_your_own_data
+AFTER := 06_look_inside 07_use_your_own_data 04_run_study 05_compare_results  # the longest first
 
 workbook: $(READY)  ## run the notebooks into runs/workbook, from the checkpoints to the comparison
 	@mkdir -p "$(OUT)"
-	@$(MAKE) --no-print-directory run-01_download_checkpoints run-02_load_and_check_keys
-	OMP_NUM_THREADS=1 $(PY) -c "$$GRID" \
-	    "$(WEIGHTS)" "$(DATASET)" "$(RECIPE)" "$(STUDY)" "$(WORKERS)"
-	@$(MAKE) --no-print-directory -j "$(WORKERS)" $(AFTER:%=run-%)
+	@$(MAKE) --no-print-directory -j "$(WORKERS)" run-02_load_and_check_keys $(AFTER:%=run-%)
 	@echo "Done. Read $(OUT)/05_compare_results.ipynb first: which method wins, and is it noise?"
 	@echo "Each folder in $(OUT) is one run: its notebook.ipynb, its scores in metrics.json."
 	@echo "\`make lab\` opens the notebooks."
+
+grid: run-01_download_checkpoints
+	OMP_NUM_THREADS=1 $(PY) -c "$$GRID" \
+	    "$(WEIGHTS)" "$(DATASET)" "$(RECIPE)" "$(STUDY)" "$(WORKERS)"
+
+run-02_load_and_check_keys: run-01_download_checkpoints
+$(AFTER:%=run-%): grid
 
 run-%: $(READY)
 	OMP_NUM_THREADS=1 $(NOTEBOOK) "notebooks/$*.ipynb" "$(OUT)/$*.ipynb" \

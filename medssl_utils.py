@@ -1755,7 +1755,7 @@ class Folder:
                              f"expected: {', '.join(class_names)}.")
         labels = table["label"].map({name: i for i, name in enumerate(class_names)})
         known = (self.table["patient"] != "").any()
-        return Split(_take_mapped(self.images, rows, self.cache), labels.to_numpy(np.int64),
+        return Split(_take_mapped(self.images, rows, self.cache), labels.to_numpy(np.int64, copy=True),
                      table["id"].to_numpy(str), table["patient"].to_numpy(str) if known else None)
 
 
