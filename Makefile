@@ -12,7 +12,7 @@ WEIGHTS ?= stand-in
 DATASET ?= phantom
 RECIPE  ?= demo
 STUDY   ?= workbook
-# Runs at a time, each on one thread.
+# Runs at a time, each on one thread; test files at a time.
 WORKERS ?= 2
 
 VENV := .venv
@@ -87,7 +87,7 @@ figures: $(READY)  ## write the pictures of this README from the notebooks' outp
 	$(PY) .ci/figures.py
 
 test: $(READY)  ## run all tests, the notebooks included; needs no network
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n "$(WORKERS)" --dist loadfile
 
 test-network: $(READY)  ## check the addresses of the published checkpoints
 	$(PY) -m pytest -m network

@@ -28,7 +28,7 @@ CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}  # conda name -> the 
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
 # Dependencies that the notebooks and tests use without importing them.
 NOT_IMPORTED = {"jupyterlab", "ipywidgets", "ipykernel", "nbval", "nbconvert", "onnx", "onnxscript",
-                "jupyter-repo2docker"}
+                "jupyter-repo2docker", "pytest-xdist"}
 
 
 def floors(requirements: list[str]) -> dict[str, str]:
