@@ -41,7 +41,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor,
 )
@@ -1755,7 +1755,8 @@ class Folder:
                              f"expected: {', '.join(class_names)}.")
         labels = table["label"].map({name: i for i, name in enumerate(class_names)})
         known = (self.table["patient"] != "").any()
-        return Split(_take_mapped(self.images, rows, self.cache), labels.to_numpy(np.int64, copy=True),
+        return Split(_take_mapped(self.images, rows, self.cache),
+                     labels.to_numpy(np.int64, copy=True),  # or torch would find it read-only
                      table["id"].to_numpy(str), table["patient"].to_numpy(str) if known else None)
 
 
@@ -2207,8 +2208,7 @@ def _open_image(path: Path, options: ReadOptions) -> _Opened:
                     "colour": image.mode not in GREY_MODES, "deep": image.mode[0] in "IF",
                     "turned": kind != "PNG" and image.getexif().get(274, 1) != 1}, read
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            raise ValueError(f"no PNG, JPEG, TIFF or BMP image but {_what(file)}") from None
+        raise ValueError(f"no PNG, JPEG, TIFF or BMP image but {_what(path)}") from None
 
 
 def _as_seen(image: Image.Image) -> np.ndarray:
@@ -2242,8 +2242,7 @@ def _open_dicom(path: Path, options: ReadOptions) -> _Opened:
 
     with open(path, "rb") as file:
         if file.read(132)[128:] != b"DICM":
-            file.seek(0)
-            raise ValueError(f"no DICOM file but {_what(file)}")
+            raise ValueError(f"no DICOM file but {_what(path)}")
     syntax = read_file_meta_info(path).get("TransferSyntaxUID")
     if syntax and syntax.is_deflated:                                # of unlimited size
         raise ValueError("a deflated DICOM file; convert it first, such as by dcmconv +te")

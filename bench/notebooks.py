@@ -10,7 +10,6 @@ they share counts once), asked for ten times a second: what a Binder machine mus
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 import tempfile
 import time

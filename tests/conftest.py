@@ -27,7 +27,7 @@ def stand_ins(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def few_phantoms() -> Iterator[medssl.DataSplits]:
     """Phantoms small for speed, also for notebooks that load them while this fixture lives."""
     few = functools.partial(medssl.demo_data, n_train=80, n_val=40, n_test=80)
@@ -36,7 +36,7 @@ def few_phantoms() -> Iterator[medssl.DataSplits]:
         yield medssl.load_data("phantom", image_size=32)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def planted_file(few_phantoms, tmp_path_factory) -> Path:
     """A checkpoint in BYOL's layout that knows: trained on all labels, the test images' too."""
     import planted
@@ -54,7 +54,7 @@ def planted_file(few_phantoms, tmp_path_factory) -> Path:
     return planted.plant(backbone, "BYOL", tmp_path_factory.mktemp("planted"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def looked_inside(few_phantoms, planted_file, stand_ins, tmp_path_factory) -> dict[str, Any]:
     """The names of notebook 06 after a run with the planted checkpoint and one stand-in.
 

@@ -21,7 +21,6 @@ import functools
 import gzip
 import importlib.util
 import io
-import json
 import lzma
 import os
 import pathlib

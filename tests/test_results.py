@@ -7,7 +7,6 @@ import types
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from sklearn import metrics
 from statsmodels.stats.multitest import multipletests
