@@ -53,6 +53,9 @@ help:
 # at a time. The parameters that each is given:
 GIVE_01 := -r weights "$(WEIGHTS)"
 GIVE_02 := -r weights "$(WEIGHTS)"
+# 04 looks at the grid that has just run, so it trains nothing.
+GIVE_04 := -r weights "$(WEIGHTS)" -r recipe "$(RECIPE)" -r study "$(STUDY)" -y "{datasets: \
+    ['$(DATASET)'], methods: [random, BYOL, SwAV, MoCo, SparK], seeds: [0, 1], epochs: 0, image_size: 0}"
 GIVE_05 := -r study_dir "../$(OUT)"
 GIVE_06 := -r weights "$(WEIGHTS)" -r dataset "$(DATASET)" -r recipe "$(RECIPE)"
 GIVE_07 := -r weights "$(WEIGHTS)"
