@@ -2703,7 +2703,8 @@ class FineTuneConfig:
         freeze_epochs: epochs in which only the head trains and BatchNorm keeps its statistics.
         warmup: share of the steps over which the rate rises linearly, in [0, 1].
         schedule: "cosine" to zero, "constant", or "authors" (see `paper`).
-        augment: names among "flip_ud", "flip_lr" (p = 0.5) and "affine" (+-10 degrees, +-10 %).
+        augment: names among "flip_ud", "flip_lr" (p = 0.5) and "affine" (turned by up to 10
+            degrees, scaled by up to 10 %, shifted by up to 10 % of the side).
         select_by: validation score that picks the best epoch: "ACC", "AUC" or "loss".
         normalise: "dataset" or "checkpoint": whose mean and std are used.
         subset_rule: "stratified", "authors" or "first", see `label_subset`.
@@ -2810,29 +2811,25 @@ class Preprocessing:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Turn (N, H, W) or (N, H, W, 3), 0..255, into float32 (N, 3, S, S)."""
         x = images.float().div(255)
-        x = x.unsqueeze(1).expand(-1, 3, -1, -1) if x.ndim == 3 else x.permute(0, 3, 1, 2)
-        mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1)
-                     for v in (self.mean, self.std))
-        x = (x - mean) / std                                             # (N, 3, H, W)
+        channels = [x] * 3 if x.ndim == 3 else x.unbind(3)
+        # numbers, not tensors: nothing is copied to a GPU, so no step waits for it
+        x = torch.stack([(c - m) / s for c, m, s in zip(channels, self.mean, self.std)], 1)
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="area")
         return x.contiguous(memory_format=torch.channels_last)
 
 
-def augment_batch(x: torch.Tensor, names: Sequence[str], rng: torch.Generator) -> torch.Tensor:
-    """Augment a batch (N, 3, S, S) on its device; the random numbers come from a CPU `rng`."""
-    n = len(x)
-    for name, axis in (("flip_ud", 2), ("flip_lr", 3)):
+def augment_batch(x: torch.Tensor, names: Sequence[str], draws: torch.Tensor) -> torch.Tensor:
+    """Augment a batch (N, 3, S, S) by uniform random numbers in [0, 1), (N, 6), on its device."""
+    for column, (name, axis) in enumerate((("flip_ud", 2), ("flip_lr", 3))):
         if name in names:
-            flip = (torch.rand(n, generator=rng) < 0.5).to(x.device).view(-1, 1, 1, 1)
-            x = torch.where(flip, x.flip(axis), x)
+            x = torch.where(draws[:, column].view(-1, 1, 1, 1) < 0.5, x.flip(axis), x)
     if "affine" in names:
-        angle = (torch.rand(n, generator=rng) * 2 - 1) * math.radians(10)
-        scale = 1 + (torch.rand(n, generator=rng) * 2 - 1) * 0.1
-        shift = (torch.rand(n, 2, 1, generator=rng) * 2 - 1) * 0.1
+        ranges = draws[:, 2:] * 2 - 1                                    # (N, 4) in [-1, 1)
+        angle, scale = ranges[:, 0] * math.radians(10), 1 + ranges[:, 1] * 0.1
         cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
-        turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
-        theta = torch.cat([turn, shift], 2).to(x.device)                 # (N, 2, 3)
+        shift = ranges[:, 2:] * 0.2  # the side is 2 long: a tenth of it
+        theta = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(-1, 2, 3)
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     return x
@@ -3026,21 +3023,23 @@ def train_one_epoch(
     """
     phase = phase_of(config, epoch)
     set_phase(model, phase)
-    rng = _rng(seed, epoch)
+    rng, device = _rng(seed, epoch), labels.device
     batches = _batches(len(labels), config.batch_size, rng)
-    losses = torch.zeros(len(batches), device=labels.device)
+    # all that the steps need goes to the device before the first, so that none waits for it
+    order = torch.cat(batches).to(device).split([len(batch) for batch in batches])
+    draws = torch.rand(len(labels), 6, generator=rng).to(device)
+    losses = torch.zeros(len(batches), device=device)
     weight = _class_weights(labels, model.fc.out_features) if config.class_weights else None
-    steps = len(batches) * config.epochs
-    for step, batch in enumerate(batches):
+    steps, precision = len(batches) * config.epochs, _precision(config, device)
+    for step, batch in enumerate(order):
         factor = lr_factor(config, epoch * len(batches) + step, steps)
         optimizer.param_groups[0]["lr"] = phase.backbone_lr * factor
         optimizer.param_groups[1]["lr"] = phase.lr * factor
         optimizer.zero_grad()
-        for part in batch.chunk(config.accumulate):
-            index = part.to(labels.device)
-            x = augment_batch(preprocessing(images[index]), config.augment, rng)  # (B, 3, S, S)
-            with _numerics(_precision(config, labels.device), labels.device):
-                loss = _loss(model(x), labels[index], weight) * (len(part) / len(batch))
+        for index in batch.chunk(config.accumulate):
+            x = augment_batch(preprocessing(images[index]), config.augment, draws[index])
+            with _numerics(precision, device):                           # x: (B, 3, S, S)
+                loss = _loss(model(x), labels[index], weight) * (len(index) / len(batch))
             loss.backward()
             losses[step] += loss.detach()  # stays on the device: read once an epoch
         optimizer.step()

@@ -1,5 +1,6 @@
 """The training engine: phases, recipes, repeatability, the run folder."""
 
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -14,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
+
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import medssl_utils as medssl
 from medssl_utils import DataSplits, FineTuneConfig, Split, fine_tune
@@ -152,16 +156,101 @@ def test_paper_recipe_gives_the_weights_of_a_plain_restatement(toy):
         if epoch == 2:
             adam.param_groups[0]["lr"] = 2e-5
         rng = medssl._rng(5, epoch)
-        for index in medssl._batches(len(labels), 8, rng):
+        batches = medssl._batches(len(labels), 8, rng)
+        draws = torch.rand(len(labels), 6, generator=rng)
+        for index in batches:
             x = images[index][:, None].repeat(1, 3, 1, 1) / 255
             x = (x - 0.3) / 0.2
-            flip = torch.rand(len(x), generator=rng) < 0.5
+            flip = draws[index, 0] < 0.5
             x[flip] = x[flip].flip(2)
             adam.zero_grad()
             F.cross_entropy(plain(x), labels[index]).backward()
             adam.step()
     for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_recommended_recipe_in_fp32_gives_the_weights_of_a_plain_loop(toy):
+    """The plain loop: NCHW, AdamW unfused, images resized and normalised beforehand, in order."""
+    config = FineTuneConfig(epochs=3, freeze_epochs=1, batch_size=8, image_size=SIZE, augment=(),
+                            precision="fp32")
+    torch.manual_seed(0)
+    ours, plain = TinyNet(), TinyNet()
+    plain.load_state_dict(ours.state_dict())
+    ours = ours.to(memory_format=torch.channels_last)
+    images, labels = torch.as_tensor(toy.train.images), torch.as_tensor(toy.train.labels)
+    prep, optimizer = medssl.preprocessing_for(config, toy, "random"), None
+    optimizer = medssl.make_optimizer(ours, config)
+    for epoch in range(3):
+        medssl.train_one_epoch(ours, images, labels, optimizer, config, prep, epoch=epoch, seed=5)
+
+    ready = (images[:, None].repeat(1, 3, 1, 1) / 255 - 0.3) / 0.2
+    of_head = {"params": plain.fc.parameters(), "lr": 1e-3}
+    backbone = {"params": [p for n, p in plain.named_parameters() if n[:2] != "fc"], "lr": 0.0}
+    adam = torch.optim.AdamW([of_head, backbone], weight_decay=1e-4, fused=False)
+    step = 0
+    for epoch in range(3):
+        plain.train(epoch > 0)
+        for name, parameter in plain.named_parameters():
+            parameter.requires_grad = epoch > 0 or name.startswith("fc")
+        for index in medssl._batches(len(labels), 8, medssl._rng(5, epoch)):
+            of_head, backbone = adam.param_groups
+            of_head["lr"] = 1e-3 * (1 if step < 1 else 0.5 * (1 + np.cos(np.pi * (step - 1) / 8)))
+            backbone["lr"] = of_head["lr"] / 10
+            adam.zero_grad()
+            F.cross_entropy(plain(ready[index]), labels[index]).backward()
+            adam.step()
+            step += 1
+    for (name, a), b in zip(ours.state_dict().items(), plain.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_bf16_scores_as_fp32_does(backbone, toy, tmp_path):
+    """Within 0.02 of every probability of the test set, after three epochs."""
+    scores = {precision: run_quick(
+        backbone, toy, tmp_path, dataclasses.replace(QUICK, precision=precision)
+    ).predictions["scores"] for precision in ("fp32", "bf16")}
+    difference = np.abs(scores["bf16"] - scores["fp32"]).max()
+    assert 0 < difference < 0.02
+
+
+class Copies(TorchDispatchMode):
+    """Counts what goes from the processor to a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        given = [a for a in torch.utils._pytree.tree_leaves(args) if isinstance(a, torch.Tensor)]
+        self.count += bool(given) and isinstance(made, torch.Tensor) and (
+            made.device.type == "cuda" and any(a.device.type == "cpu" and a.ndim for a in given))
+        return made
+
+
+@pytest.mark.parametrize("images", [24, 96])
+def test_no_step_copies_to_the_gpu_or_reads_from_it(images, monkeypatch):
+    """On tensors without numbers, which need no GPU: reading one would be an error."""
+    config = FineTuneConfig(epochs=2, freeze_epochs=0, batch_size=8, image_size=SIZE,
+                            augment=("flip_ud", "affine"), precision="fp32")
+
+    def fill(loss):  # the backward pass asks for a real GPU
+        for parameter in net.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", fill)
+    monkeypatch.setattr(medssl, "_numerics", lambda *_: contextlib.nullcontext())
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
+        with torch.device("cuda"):
+            net = TinyNet()
+            pixels = torch.zeros(images, SIZE, SIZE, dtype=torch.uint8)
+            labels = torch.zeros(images, dtype=torch.int64)
+        optimizer = medssl.make_optimizer(net, config)
+        prep, steps = medssl.Preprocessing((0.3,) * 3, (0.2,) * 3, SIZE), []
+        with pytest.raises(DynamicOutputShapeException):  # the losses, read at the epoch's end
+            medssl.train_one_epoch(net, pixels, labels, optimizer, config, prep, epoch=1, seed=0,
+                                   tick=lambda n: steps.append(copies.count))
+    assert len(steps) == images // 8
+    assert set(steps) == {2}  # the order and the random numbers, before the first step
 
 
 def test_recommended_recipe_freezes_the_backbone_and_its_batchnorm():
@@ -219,11 +308,28 @@ def test_colour_images_keep_their_channels():
     torch.testing.assert_close(x, images.permute(0, 3, 1, 2) / 255)
 
 
-def test_augmentation_follows_its_generator():
-    x = torch.rand(4, 3, SIZE, SIZE)
+def test_augmentation_follows_its_random_numbers():
+    x, draws = torch.rand(4, 3, SIZE, SIZE), torch.rand(4, 6)
     names = ("flip_ud", "flip_lr", "affine")
-    once, again = (medssl.augment_batch(x, names, medssl._rng(3, 1)) for _ in range(2))
+    once, again = (medssl.augment_batch(x, names, draws) for _ in range(2))
     assert torch.equal(once, again) and not torch.equal(once, x)
+
+
+def test_affine_augmentation_moves_by_at_most_a_tenth_and_turns_by_at_most_ten_degrees():
+    """Its ends, against torchvision's own affine transform on a picture with a soft edge."""
+    from torchvision.transforms import functional as transforms
+
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    picture = torch.exp(-4 * (x - 0.2) ** 2 - 8 * (y + 0.1) ** 2).expand(1, 3, -1, -1)
+    for angle, scale, shift in ((0, 0.5, 0.5), (1, 0.5, 0.5), (0.5, 1, 0.5), (0.5, 0.5, 0)):
+        draws = torch.tensor([[0.9, 0.9, angle, scale, shift, shift]])
+        moved = medssl.augment_batch(picture, ("affine",), draws)
+        expected = transforms.affine(
+            picture, angle=(1 - angle * 2) * 10, scale=1 / (0.9 + 0.2 * scale), shear=[0.0],
+            translate=[(1 - 2 * shift) * 6.4] * 2,
+            interpolation=transforms.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(moved[..., 8:-8, 8:-8], expected[..., 8:-8, 8:-8],
+                                   atol=1e-5, rtol=0)
 
 
 def test_a_last_batch_of_one_joins_its_neighbour():
