@@ -2916,16 +2916,20 @@ def _precision(config: FineTuneConfig, device: torch.device) -> str:
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 
 
+def _autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Compute a forward pass in bfloat16 where that is the precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 @contextlib.contextmanager
-def _numerics(precision: str, device: torch.device) -> Iterator[None]:
-    """Set repeatable kernels and the float32 mode for a block; autocast for "bf16"."""
+def _numerics(precision: str) -> Iterator[None]:
+    """Set repeatable kernels and the float32 mode of a GPU for a block, backward passes too."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
     cudnn.deterministic, cudnn.benchmark = True, False
     cudnn.allow_tf32 = matmul.allow_tf32 = precision != "fp32"
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            yield
+        yield
     finally:
         cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
 
@@ -3031,19 +3035,20 @@ def train_one_epoch(
     losses = torch.zeros(len(batches), device=device)
     weight = _class_weights(labels, model.fc.out_features) if config.class_weights else None
     steps, precision = len(batches) * config.epochs, _precision(config, device)
-    for step, batch in enumerate(order):
-        factor = lr_factor(config, epoch * len(batches) + step, steps)
-        optimizer.param_groups[0]["lr"] = phase.backbone_lr * factor
-        optimizer.param_groups[1]["lr"] = phase.lr * factor
-        optimizer.zero_grad()
-        for index in batch.chunk(config.accumulate):
-            x = augment_batch(preprocessing(images[index]), config.augment, draws[index])
-            with _numerics(precision, device):                           # x: (B, 3, S, S)
-                loss = _loss(model(x), labels[index], weight) * (len(index) / len(batch))
-            loss.backward()
-            losses[step] += loss.detach()  # stays on the device: read once an epoch
-        optimizer.step()
-        tick(len(batch))
+    with _numerics(precision):
+        for step, batch in enumerate(order):
+            factor = lr_factor(config, epoch * len(batches) + step, steps)
+            optimizer.param_groups[0]["lr"] = phase.backbone_lr * factor
+            optimizer.param_groups[1]["lr"] = phase.lr * factor
+            optimizer.zero_grad()
+            for index in batch.chunk(config.accumulate):
+                x = augment_batch(preprocessing(images[index]), config.augment, draws[index])
+                with _autocast(precision, device):                       # x: (B, 3, S, S)
+                    loss = _loss(model(x), labels[index], weight) * (len(index) / len(batch))
+                loss.backward()
+                losses[step] += loss.detach()  # stays on the device: read once an epoch
+            optimizer.step()
+            tick(len(batch))
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     return losses.mean().item(), bad[0] if bad else None, batches[bad[0] if bad else 0]
 
@@ -3065,8 +3070,8 @@ def predict(
     device = next(model.parameters()).device
     model.eval()
     rows = []
-    for batch in torch.as_tensor(images).split(batch_size):
-        with _numerics(precision, device):
+    with _numerics(precision), _autocast(precision, device):
+        for batch in torch.as_tensor(images).split(batch_size):
             rows.append(model(preprocessing(batch.to(device))).float())
     return torch.cat(rows).cpu()
 

@@ -1,6 +1,5 @@
 """The training engine: phases, recipes, repeatability, the run folder."""
 
-import contextlib
 import dataclasses
 import inspect
 import re
@@ -214,6 +213,28 @@ def test_bf16_scores_as_fp32_does(backbone, toy, tmp_path):
     assert 0 < difference < 0.02
 
 
+@pytest.mark.parametrize("precision, tf32", [("fp32", False), ("tf32", True)])
+def test_a_gpu_is_told_to_repeat_itself_in_the_precision_asked_for_backwards_too(
+        toy, precision, tf32):
+    cudnn, told = torch.backends.cudnn, []
+    config = dataclasses.replace(QUICK, precision=precision)
+
+    def note(*_):
+        told.append((cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32,
+                     torch.backends.cuda.matmul.allow_tf32))
+
+    net = TinyNet()
+    net.conv2.register_forward_hook(note)
+    net.conv2.register_full_backward_hook(note)
+    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32
+    images, labels = torch.as_tensor(toy.train.images), torch.as_tensor(toy.train.labels)
+    medssl.train_one_epoch(
+        net, images, labels, medssl.make_optimizer(net, config), config,
+        medssl.preprocessing_for(config, toy, "random"), epoch=0, seed=0)
+    assert told == [(True, False, tf32, tf32)] * 6  # three steps, forward and backward
+    assert before == (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
+
+
 class Copies(TorchDispatchMode):
     """Counts what goes from the processor to a GPU."""
 
@@ -238,7 +259,6 @@ def test_no_step_copies_to_the_gpu_or_reads_from_it(images, monkeypatch):
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(torch.Tensor, "backward", fill)
-    monkeypatch.setattr(medssl, "_numerics", lambda *_: contextlib.nullcontext())
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
         with torch.device("cuda"):
             net = TinyNet()
