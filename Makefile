@@ -12,6 +12,8 @@ WEIGHTS ?= stand-in
 DATASET ?= phantom
 RECIPE  ?= demo
 STUDY   ?= workbook
+# The device of `make test-gpu`.
+DEVICE ?= cuda
 # Runs at a time, each on one thread; test files at a time.
 WORKERS ?= 2
 
@@ -44,7 +46,7 @@ sys.exit("\n".join(["Failed:", *failed["error"]]) if len(failed) else 0)
 endef
 export GRID
 
-.PHONY: help workbook lab html test test-network test-browser test-colab bench faults badges figures clean grid
+.PHONY: help workbook lab html test test-network test-gpu test-browser test-colab bench faults badges figures clean grid
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
@@ -94,6 +96,9 @@ test: $(READY)  ## run all tests, the notebooks included; needs no network
 
 test-network: $(READY)  ## check the addresses of the published checkpoints
 	$(PY) -m pytest -m network
+
+test-gpu: $(READY)  ## check on a GPU what is promised of it: same bits, no waiting, bf16
+	DEVICE="$(DEVICE)" $(PY) -m pytest -m gpu -rs tests/test_gpu.py
 
 test-browser: $(READY)  ## run every notebook in JupyterLab in headless Chromium
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m browser -rs tests/test_browser.py

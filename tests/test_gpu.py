@@ -1,0 +1,102 @@
+"""What is promised of a GPU, on a GPU: `make test-gpu` runs it.
+
+`make test-gpu DEVICE=mps` asks another device, `DEVICE=cpu` shows that the tests themselves work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import medssl_utils as medssl
+
+pytestmark = pytest.mark.gpu
+DEVICE = os.environ.get("DEVICE", "cuda")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+
+@pytest.fixture(scope="module")
+def data() -> medssl.DataSplits:
+    return medssl.demo_data(n_train=52, n_val=24, n_test=48, image_size=64)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return medssl.load_backbone("random", seed=0)
+
+
+def run(backbone, data, folder, **changes) -> medssl.Run:
+    config = medssl.FineTuneConfig.named("demo", epochs=3, image_size=64,
+                                         augment=("flip_lr", "affine"), **changes)
+    return medssl.fine_tune(*backbone, data, config, runs_dir=folder, device=DEVICE,
+                            progress="none")
+
+
+def weights(run: medssl.Run) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+    return load_file(run.folder / "best.safetensors")
+
+
+def same(run: medssl.Run, other: medssl.Run) -> bool:
+    return np.array_equal(run.predictions["scores"], other.predictions["scores"]) and all(
+        torch.equal(a, b) for a, b in zip(weights(run).values(), weights(other).values()))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_same_seed_gives_the_same_bits(backbone, data, tmp_path, precision):
+    assert same(run(backbone, data, tmp_path / "once", precision=precision),
+                run(backbone, data, tmp_path / "again", precision=precision))
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bits(backbone, data, tmp_path, monkeypatch):
+    whole, epoch = run(backbone, data, tmp_path / "whole"), medssl.train_one_epoch
+
+    def interrupted(*args, **options):
+        if options["epoch"] == 2:
+            raise KeyboardInterrupt
+        return epoch(*args, **options)
+
+    monkeypatch.setattr(medssl, "RESUME_SECONDS", 0.0)
+    monkeypatch.setattr(medssl, "train_one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(backbone, data, tmp_path / "broken")
+    assert list(tmp_path.glob("broken/*/*/last.pt"))
+    monkeypatch.setattr(medssl, "train_one_epoch", epoch)
+    assert same(run(backbone, data, tmp_path / "broken"), whole)
+
+
+def test_every_precision_learns_the_phantoms_as_well(backbone, tmp_path):
+    """Test AUC above .85 and within .08 of each other; the test itself is scored in fp32."""
+    data, auc = medssl.demo_data(), {}
+    for precision in PRECISIONS:
+        config = medssl.FineTuneConfig.named("demo", precision=precision)
+        auc[precision] = medssl.fine_tune(*backbone, data, config, runs_dir=tmp_path,
+                                          device=DEVICE, progress="none").metrics["AUC"]
+    assert min(auc.values()) > 0.85 and max(auc.values()) - min(auc.values()) < 0.08, auc
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA says when a step waits")
+def test_no_step_waits_for_the_gpu(backbone, data):
+    """Between two steps nothing may ask the GPU for an answer: that would raise an error."""
+    config = medssl.FineTuneConfig(batch_size=8, image_size=64, freeze_epochs=0)
+    net = medssl.add_head(backbone[0], 2, 0).to(DEVICE, memory_format=torch.channels_last)
+    images, labels = (torch.as_tensor(part).to(DEVICE)
+                      for part in (data.train.images, data.train.labels))
+    steps = -(-len(labels) // 8)
+    seen = []
+
+    def watch(n: int) -> None:
+        seen.append(n)
+        torch.cuda.set_sync_debug_mode("default" if len(seen) == steps else "error")
+
+    prep = medssl.preprocessing_for(dataclasses.replace(config, normalise="dataset"), data, "random")
+    try:
+        medssl.train_one_epoch(net, images, labels, medssl.make_optimizer(net, config), config,
+                               prep, epoch=1, seed=0, tick=watch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) == steps
