@@ -266,7 +266,7 @@ def test_a_listed_image_that_is_missing_is_named(covid_ct):
 def test_every_unreadable_image_is_named(covid_ct):
     for name in ("9.png", "10.png"):
         (covid_ct / "CT_NonCOVID" / name).write_bytes(b"\x89PNG broken")
-    with pytest.raises(ValueError, match="2 of 8 images can't be read(.|\n)*10.png(.|\n)*9.png"):
+    with pytest.raises(ValueError, match="2 of 16 images can't be read(.|\n)*9.png(.|\n)*10.png"):
         m.load_data(covid_ct, image_size=16)
 
 
