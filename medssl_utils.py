@@ -1371,10 +1371,15 @@ class DataSplits:
     published_split: bool = False
 
     @property
+    def parts(self) -> dict[str, Split]:
+        """The three parts by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of train, val and test."""
-        parts = (getattr(self, name).fingerprint for name in SPLITS)
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        parts = "".join(part.fingerprint for part in self.parts.values())
+        return hashlib.sha256(parts.encode()).hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """Return what a result file should say about this data set, JSON-ready."""
@@ -1382,7 +1387,7 @@ class DataSplits:
             "name": self.name, "source": self.source, "demo": self.demo, "task": self.task,
             "class_names": list(self.class_names), "mean": list(self.mean), "std": list(self.std),
             "published_split": self.published_split, "notes": list(self.notes),
-            "counts": {name: len(getattr(self, name)) for name in SPLITS},
+            "counts": {name: len(part) for name, part in self.parts.items()},
             "image_shape": list(self.train.images.shape[1:]),
             "dtype": str(self.train.images.dtype), "fingerprint": self.fingerprint,
         }
@@ -2229,7 +2234,7 @@ def _regroup(data: DataSplits, seed: int) -> DataSplits:
         raise ValueError(f"{data.name} can't be split by group: "
                          f"{'multi-label' if data.train.groups is not None else 'no patient ids'}"
                          f". Use split='official'.")
-    pool = _join([getattr(data, name) for name in SPLITS])
+    pool = _join(list(data.parts.values()))
     parts = np.full(len(pool), "train")
     _draw_parts(data.name, pool, parts, ("test", "val"), data.class_names, seed)
     return dataclasses.replace(
@@ -2405,14 +2410,14 @@ class SplitReport:
         warnings: what a reader of the results must know; recorded with them.
         tables: "classes", "intensity", and where there are any "duplicates", "patients" and
             "articles".
-        pictures: (caption, image, image) of the first duplicate pairs.
+        pictures: (caption, image) of the first duplicate pairs; both look the same.
     """
 
     name: str
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    pictures: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
+    pictures: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def raise_for_errors(self) -> None:
         """Raise ValueError with all errors, if there are any."""
@@ -2434,14 +2439,12 @@ class SplitReport:
         parts = [f"<p>{html.escape(line)}</p>" for line in self._lines()]
         parts += [f"<p>{title} ({len(table)} rows)</p>{table.head(12).to_html()}"
                   for title, table in self.tables.items()]
-        for caption, *images in self.pictures:
-            for image in images:
-                file = io.BytesIO()
-                pixels = np.clip(np.nan_to_num(image), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).resize((96, 96)).save(file, "PNG")
-                code = base64.b64encode(file.getvalue()).decode()
-                parts.append(f"<img src='data:image/png;base64,{code}'> ")
-            parts.append(html.escape(caption) + "<br>")
+        for caption, image in self.pictures:
+            file = io.BytesIO()
+            pixels = np.clip(np.nan_to_num(image), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).resize((96, 96)).save(file, "PNG")
+            code = base64.b64encode(file.getvalue()).decode()
+            parts.append(f"<img src='data:image/png;base64,{code}'> {html.escape(caption)}<br>")
         return "".join(parts)
 
 
@@ -2460,16 +2463,19 @@ def check_splits(
     """
     report = SplitReport(data.name)
     leaks: list[str] = []
-    columns = {name: getattr(data, name).labels for name in SPLITS}
+    images = _list_images(data)
+    columns = {name: part.labels for name, part in data.parts.items()}
     for fraction in fractions:
         index = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
                              min_per_class=min_per_class)
         columns[f"train at {fraction:g}"] = data.train.labels[index]
     _check_classes(report, data, columns)
     _check_intensity(report, data, method)
-    _check_duplicates(report, data, leaks)
-    for kind, column in (("patients", "groups"), ("articles", "articles")):
-        shared = _shared(data, column)
+    _check_duplicates(report, data, images, leaks)
+    for kind in ("patients", "articles"):
+        known = images[images[kind] != ""]
+        shared = pd.crosstab(known[kind], known["split"]).reindex(columns=SPLITS, fill_value=0)
+        shared = shared[(shared > 0).sum(axis=1) > 1]
         if len(shared):
             report.tables[kind] = shared
             text = f"{len(shared)} {kind} in more than one split: {', '.join(shared.index[:5])}."
@@ -2508,8 +2514,7 @@ def _check_classes(
 def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) -> None:
     """Hold pixel values against 0..255 and against the checkpoint's pre-training input."""
     rows = {}
-    for name in SPLITS:
-        part = getattr(data, name)
+    for name, part in data.parts.items():
         step = part.images.size // 4_000_000 | 1                     # 4 million pixels are enough
         sample = part.images.reshape(-1)[::step] / 255
         low, high = float(part.images.min()), float(part.images.max())
@@ -2539,18 +2544,22 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
     report.tables["intensity"] = pd.DataFrame(rows).T.round(3)
 
 
-def _check_duplicates(report: SplitReport, data: DataSplits, leaks: list[str]) -> None:
+def _list_images(data: DataSplits) -> pd.DataFrame:
+    """Return a row for each image of all parts: where it is, whose it is, a digest of its pixels."""
+    return pd.concat([pd.DataFrame({
+        "split": name, "row": range(len(part)), "id": part.ids,
+        "label": [" ".join(map(str, np.atleast_1d(label))) for label in part.labels],
+        "patients": "" if part.groups is None else part.groups,
+        "articles": "" if part.articles is None else part.articles,
+        "digest": [hashlib.sha256(np.ascontiguousarray(i)).hexdigest() for i in part.images],
+    }) for name, part in data.parts.items()])
+
+
+def _check_duplicates(report: SplitReport, data: DataSplits, images: pd.DataFrame,
+                      leaks: list[str]) -> None:
     """Find images that are equal pixel for pixel, one row a pair; and ids that occur twice."""
-    first: dict[bytes, tuple[str, int]] = {}
-    rows = []
-    for name in SPLITS:
-        for i, image in enumerate(getattr(data, name).images):
-            digest = hashlib.sha256(np.ascontiguousarray(image)).digest()
-            other = first.setdefault(digest, (name, i))
-            if other != (name, i):
-                rows.append(_describe_pair(data, *other, name, i))
-    pairs = pd.DataFrame(rows, columns=["split", "id", "label", "split_2", "id_2", "label_2",
-                                        "images"])
+    pairs = images.drop_duplicates("digest").merge(images, on="digest", suffixes=("", "_2"))
+    pairs = pairs[(pairs.split != pairs.split_2) | (pairs.row != pairs.row_2)]
     torn, crossing = pairs.label != pairs.label_2, pairs.split != pairs.split_2
     for (one, two), some in pairs[crossing].groupby(["split", "split_2"]):
         leaks.append(f"{len(some)} images of {two} are pixel for pixel in {one} too, among them "
@@ -2563,30 +2572,12 @@ def _check_duplicates(report: SplitReport, data: DataSplits, leaks: list[str]) -
         report.warnings.append(f"{within} pairs of identical images within a split.")
     worst = pairs.assign(mild=~torn & ~crossing).sort_values("mild", kind="stable").head(4)
     report.pictures = [(f"{p.split} {p.id} ({p.label}) = {p.split_2} {p.id_2} ({p.label_2})",
-                        *p.images) for p in worst.itertuples()]
-    if rows:
-        report.tables["duplicates"] = pairs.drop(columns="images")
-    ids = Counter(i for name in SPLITS for i in getattr(data, name).ids)
-    if twice := [i for i, n in ids.items() if n > 1]:
+                        data.parts[p.split].images[p.row]) for p in worst.itertuples()]
+    if len(pairs):
+        report.tables["duplicates"] = pairs[["split", "id", "label", "split_2", "id_2", "label_2"]]
+    twice = images["id"][images["id"].duplicated()].unique()
+    if len(twice):
         report.errors.append(f"{len(twice)} ids occur twice, among them {', '.join(twice[:3])}.")
-
-
-def _describe_pair(data: DataSplits, split: str, i: int, split_2: str, j: int) -> tuple:
-    """Return a row of the table of duplicates."""
-    one, two = getattr(data, split), getattr(data, split_2)
-    labels = (" ".join(map(str, np.atleast_1d(label))) for label in (one.labels[i], two.labels[j]))
-    return (split, str(one.ids[i]), next(labels), split_2, str(two.ids[j]), next(labels),
-            (one.images[i], two.images[j]))
-
-
-def _shared(data: DataSplits, column: str) -> pd.DataFrame:
-    """Count images per split of the patients (or articles) that are in more than one."""
-    values = {name: getattr(getattr(data, name), column) for name in SPLITS}
-    if any(v is None for v in values.values()):
-        return pd.DataFrame()
-    counts = pd.DataFrame({name: pd.Series(v[v != ""]).value_counts()
-                           for name, v in values.items()}).fillna(0).astype(int)
-    return counts[(counts > 0).sum(axis=1) > 1].sort_index()
 
 
 # =============================================================================
