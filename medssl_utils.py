@@ -1486,16 +1486,13 @@ def _fetch_medmnist(path: Path, url: str, md5: str, download: bool, unofficial: 
         except (CheckpointError, OSError) as error:
             raise OSError(f"{path.name} could not be downloaded: {error}\n{by_hand}") from error
         return []
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found == md5:
-        return []
-    if unofficial:
-        return [f"{path.name} is not the official file (MD5 {found}, official {md5}); it was "
-                f"accepted because unofficial=True."]
-    raise ValueError(
-        f"{path} is not the official file: its MD5 is {found}, expected {md5}. Move it away and "
-        f"load again to fetch the official one, or pass unofficial=True to use it as it is.")
+    problem = _file_problem(path, {"md5": md5})
+    if problem and not unofficial:
+        raise ValueError(
+            f"{path} is not the official file: {problem}. Move it away and load again to fetch "
+            f"the official one, or pass unofficial=True to use it as it is.")
+    return [f"{path.name} is not the official file: {problem}; it was accepted because "
+            f"unofficial=True."] if problem else []
 
 
 def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
@@ -1533,12 +1530,12 @@ def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
     table = pd.concat([_covid_ct_list(folder, part, label, files[COVID_CT_CLASSES[label]])
                        for part in SPLITS for label in range(2)], ignore_index=True)
     images, broken, jpegs = np.empty((len(table), image_size, image_size, 3), dtype), [], 0
-    for i, (fact, pictures) in enumerate(_read_files(
-            table["file"].tolist(), ReadOptions(), image_size, dtype)):
-        broken += [f"{table['id'][i]}: {fact['reason']}"] if fact["reason"] else []
-        jpegs += fact["kind"] == "JPEG" and table["id"][i].endswith(".png")
+    found = _read_files(table["file"].tolist(), ReadOptions(), image_size, dtype)
+    for (fact, pictures), row in zip(found, table.itertuples()):
+        broken += [f"{row.id}: {fact['reason']}"] if fact["reason"] else []
+        jpegs += fact["kind"] == "JPEG" and row.id.endswith(".png")
         for picture in pictures:
-            images[i] = _as_rgb(picture)
+            images[row.Index] = _as_rgb(picture)
     if broken:
         raise ValueError(f"{len(broken)} of {len(table)} images can't be read:\n  "
                          + "\n  ".join(broken))
@@ -1767,8 +1764,9 @@ def read_folder(
     table.insert(0, "id", table["path"] + page.where(table["count"] > 1, ""))
     name = folder.resolve().stem if folder.is_file() else folder.resolve().name
     name = re.sub(r"[^\w.-]+", "-", name)
+    images = np.memmap(cache, dtype, "c", shape=tuple(known["shape"]))   # "r" would make torch warn
     return Folder(
-        name if name not in DATASETS else f"{name}-folder", np.memmap(cache, dtype, "c", shape=tuple(known["shape"])),
+        name if name not in DATASETS else f"{name}-folder", images,
         table[["id", "path", "label", "split", "patient", "kind", "mode", "width", "height"]],
         broken, (*notes, *_oddities(files, options), *about_patients), cache)
 
@@ -1792,8 +1790,8 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
         _draw_parts(found.name, pool, parts, missing, names, seed)
         path = found.cache.with_name(f"{found.name}_{found.cache.stem[:8]}_seed{seed}.csv")
         with _atomic(path) as temporary:
-            found.table[["path", "label", "patient"]].assign(split=parts).drop_duplicates().to_csv(
-                temporary, index=False)
+            drawn = found.table.assign(split=parts)[["path", "label", "split", "patient"]]
+            drawn.drop_duplicates().to_csv(temporary, index=False)
         by = "image: no patient is known" if pool.groups is None else "patient"
         notes.append(f"{' and '.join(missing)} drawn with seed {seed}, stratified, by {by}; kept "
                      f"as {path.name} in {path.parent.name}/. Copied into the folder, that list "
@@ -1822,7 +1820,8 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
     if tables:
         raise ValueError(f"{folder} has {len(tables)} CSV files. Give the path of the one that "
                          f"lists the images.")
-    paths, left_out = _walk(folder)
+    left_out: Counter[str] = Counter()
+    paths = list(_walk(folder, left_out, set()))
     steps = [tuple(map(_printable, path.relative_to(folder).parts)) for path in paths]
     tops = {step[0] for step in steps if len(step) > 1}
     divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
@@ -1843,25 +1842,23 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
         "patient": ""}), left_out
 
 
-def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the image files below `folder`, each once whatever links to it; count the others."""
-    paths, left_out, seen = [], Counter(), set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        left_out["folders met a second time, by a link"] += real in seen
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
-        if real in seen:
-            folders[:], names = [], []
+def _walk(folder: Path, left_out: Counter[str], seen: set[str]) -> Iterator[Path]:
+    """Yield the image files below `folder`, each once whatever links to it; count the others."""
+    real_folder = os.path.realpath(folder)
+    seen.add(real_folder)
+    for path in sorted(folder.iterdir()):
+        real = os.path.realpath(path) if path.is_symlink() else os.path.join(real_folder, path.name)
+        met = real in seen
         seen.add(real)
-        for name in sorted(names):
-            path = Path(root, name)
-            real_file = os.path.realpath(path) if path.is_symlink() else os.path.join(real, name)
-            why = _not_wanted(path) or "links to files met before" * (real_file in seen)
+        if path.is_dir():
+            if met:
+                left_out["folders met a second time, by a link"] += 1
+            elif path.name[0] != "." and path.name != "__MACOSX":
+                yield from _walk(path, left_out, seen)
+        elif why := _not_wanted(path) or "links to files met before" * met:
             left_out[why] += 1
-            seen.add(real_file)
-            paths += [] if why else [path]
-    del left_out[""]
-    return paths, +left_out
+        else:
+            yield path
 
 
 def _not_wanted(path: Path) -> str:
@@ -1938,22 +1935,19 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFr
 
 def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
     """Say what the reader of a result should know about the files that were read."""
-    def counted(column: str) -> str:
-        return ", ".join(f"{name} {n}" for name, n in files[column].value_counts().items())
-
+    kinds, modes = (", ".join(f"{name} {n}" for name, n in files[column].value_counts().items())
+                    for column in ("kind", "mode"))
     rule = f"by the window {options.window!r}" if options.window else "each over its own range"
+    odd = {f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
+           f"have more than 8 bits, scaled {rule}": files["deep"],
+           "were turned upright by their EXIF mark": files["turned"],
+           "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32}
     suffix = files["path"].str.lower().str.extract(r"\.(\w+)$")[0].replace("jpg", "jpeg")
-    misnamed = files["kind"].isin(("PNG", "JPEG", "BMP")) & (suffix != files["kind"].str.lower())
-    found = {
-        f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
-        f"have more than 8 bits, scaled {rule}": files["deep"],
-        "were turned upright by their EXIF mark": files["turned"],
-        "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32,
-        **{f"{kind} files are named .{end}": misnamed & (files["kind"] == kind) & (suffix == end)
-           for kind, end in sorted(set(zip(files["kind"][misnamed], suffix[misnamed])))}}
-    return [f"{len(files)} files: {counted('kind')}; pixels: {counted('mode')}.",
-            *(f"{which.sum()} {text if 'files' in text else f'files {text}'}."
-              for text, which in found.items() if which.any())]
+    named = files.groupby(["kind", suffix]).size().items()
+    return [f"{len(files)} files: {kinds}; pixels: {modes}.",
+            *(f"{which.sum()} files {text}." for text, which in odd.items() if which.any()),
+            *(f"{n} {kind} files are named .{end}." for (kind, end), n in named
+              if kind in ("PNG", "JPEG", "BMP") and end != kind.lower())]
 
 
 # Decoding: once, in parallel, into a file that is mapped from then on
@@ -2545,7 +2539,7 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
 
 
 def _list_images(data: DataSplits) -> pd.DataFrame:
-    """Return a row for each image of all parts: where it is, whose it is, a digest of its pixels."""
+    """Return a row for each image of all parts: where it is, whose, a digest of its pixels."""
     return pd.concat([pd.DataFrame({
         "split": name, "row": range(len(part)), "id": part.ids,
         "label": [" ".join(map(str, np.atleast_1d(label))) for label in part.labels],
