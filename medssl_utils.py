@@ -1877,7 +1877,7 @@ def _kind(path: Path) -> str:
     name = path.name.lower().removesuffix(".gz")
     if kind := FILE_KINDS.get(Path(name).suffix):
         return kind
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with contextlib.suppress(OSError), path.open("rb") as file:
         return "DICOM" if file.read(132)[128:] == b"DICM" and name != "dicomdir" else ""
     return ""
 
@@ -2174,12 +2174,10 @@ def _dicom_grey(raw: np.ndarray, header: Any, options: ReadOptions) -> np.ndarra
 
 def _check_dicom(header: Any, syntax: Any) -> None:
     """Name the tags that are missing, or the package that could decode the pixels."""
-    from pydicom.datadict import tag_for_keyword
     from pydicom.pixels import get_decoder
     from pydicom.tag import Tag
 
-    missing = [f"{name} {Tag(tag_for_keyword(name))}" for name in DICOM_TAGS
-               if header.get(name) is None]
+    missing = [f"{name} {Tag(name)}" for name in DICOM_TAGS if header.get(name) is None]
     missing += [] if syntax else ["TransferSyntaxUID (0002,0010)"]
     if missing:
         raise ValueError(f"no picture can be made: it lacks the tag {', '.join(missing)}")

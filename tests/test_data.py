@@ -237,6 +237,15 @@ def test_covid_ct_from_the_published_zip_files(covid_ct):
     assert m.load_data(covid_ct, image_size=16).fingerprint == plain.fingerprint
 
 
+def test_an_unreadable_image_within_a_zip_file_is_named(covid_ct):
+    with zipfile.ZipFile(covid_ct / "CT_COVID.zip", "w") as file:
+        for path in (covid_ct / "CT_COVID").iterdir():
+            file.writestr(f"CT_COVID/{path.name}", b"\x89PNG broken")
+    shutil.rmtree(covid_ct / "CT_COVID")
+    with pytest.raises(ValueError, match="8 of 16 images(.|\n)*p0-7%0.png: no PNG, JPEG, TIFF"):
+        m.load_data(covid_ct, image_size=16)
+
+
 def test_images_are_resized_by_area():
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     resized = m._area_resize(image, 2, "float32")
