@@ -1530,7 +1530,8 @@ def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
     table = pd.concat([_covid_ct_list(folder, part, label, files[COVID_CT_CLASSES[label]])
                        for part in SPLITS for label in range(2)], ignore_index=True)
     images, broken, jpegs = np.empty((len(table), image_size, image_size, 3), dtype), [], 0
-    found = _read_files(table["file"].tolist(), ReadOptions(), image_size, dtype)
+    found = _read_files(table["file"].tolist(), functools.partial(
+        _read_file, options=ReadOptions(), size=image_size, dtype=dtype))
     for (fact, pictures), row in zip(found, table.itertuples()):
         broken += [f"{row.id}: {fact['reason']}"] if fact["reason"] else []
         jpegs += fact["kind"] == "JPEG" and row.id.endswith(".png")
@@ -1964,6 +1965,7 @@ def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
             "utf-8", "surrogateescape"))
     cache = data_dir / "decoded" / f"{digest.hexdigest()[:16]}.pixels"
     record = cache.with_suffix(".json")
+    read = functools.partial(_read_file, options=options, size=size, dtype=dtype)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
         for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):   # of a process killed here
@@ -1976,31 +1978,28 @@ def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
         except (OSError, ValueError):
             whole = False
         # What was broken is tried again: a right or a decoder may have been added.
-        if not whole or not all(fact["reason"] for fact, _ in _read_files(
-                broken, options, size, dtype)):
+        if not whole or not all(fact["reason"] for fact, _ in _read_files(broken, read)):
             with _atomic(cache) as temporary:
-                known = (_write_pictures(temporary, paths, options, size, dtype, colour=False)
-                         or _write_pictures(temporary, paths, options, size, dtype, colour=True))
+                known = (_write_pictures(temporary, _read_files(paths, read), (size, size))
+                         or _write_pictures(temporary, _read_files(paths, read), (size, size, 3)))
             _write_json(record, known)
     return cache, known
 
 
-def _write_pictures(file_path: Path, paths: list[Path], options: ReadOptions, size: int,
-                    dtype: str, colour: bool) -> dict[str, Any]:
-    """Write all pictures as they come; return their shape and each file's facts.
+def _write_pictures(path: Path, found: Iterator[_Found], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Write pictures as they come; return the shape of all and each file's facts.
 
-    With `colour` grey ones become RGB; without it a picture in colour ends all: {}.
+    Grey ones become RGB if `shape` is; if it is grey, the first in colour ends all: {}.
     """
     facts = []
-    with open(file_path, "wb") as file:
-        for fact, pictures in _read_files(paths, options, size, dtype):
-            if not colour and any(picture.ndim == 3 for picture in pictures):
+    with open(path, "wb") as file:
+        for fact, pictures in found:
+            if any(picture.ndim > len(shape) for picture in pictures):
                 return {}
             facts.append(fact)
             for picture in pictures:
-                file.write((_as_rgb(picture) if colour else picture).tobytes())
-    count = sum(len(fact["numbers"]) for fact in facts)
-    return {"shape": [count, size, size] + [3] * colour, "facts": facts}
+                file.write((_as_rgb(picture) if len(shape) == 3 else picture).tobytes())
+    return {"shape": [sum(len(fact["numbers"]) for fact in facts), *shape], "facts": facts}
 
 
 def _as_rgb(picture: np.ndarray) -> np.ndarray:
@@ -2008,10 +2007,8 @@ def _as_rgb(picture: np.ndarray) -> np.ndarray:
     return picture if picture.ndim == 3 else picture[..., None].repeat(3, axis=2)
 
 
-def _read_files(paths: list[Any], options: ReadOptions, size: int,
-                dtype: str) -> Iterator[tuple[dict[str, Any], list[np.ndarray]]]:
+def _read_files(paths: list[Any], read: Callable[[Any], _Found]) -> Iterator[_Found]:
     """Read files in parallel, with a bar if watched; yield facts and pictures of each in order."""
-    read = functools.partial(_read_file, options=options, size=size, dtype=dtype)
     torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(), tqdm(
             desc="images", total=len(paths), unit="file",
@@ -2023,12 +2020,12 @@ def _read_files(paths: list[Any], options: ReadOptions, size: int,
                 yield found
 
 
+_Found = tuple[dict[str, Any], list[np.ndarray]]  # a file's facts; its pictures
 _UNREAD = {"kind": "", "mode": "", "width": 0, "height": 0, "count": 1, "deep": False,
            "turned": False, "patient_id": "", "numbers": [], "reason": ""}
 
 
-def _read_file(path: Path, options: ReadOptions, size: int,
-               dtype: str) -> tuple[dict[str, Any], list[np.ndarray]]:
+def _read_file(path: Path, options: ReadOptions, size: int, dtype: str) -> _Found:
     """Return a file's facts and its pictures, (size, size) or (size, size, 3)."""
     readers = {"DICOM": _read_dicom, "NIfTI": _read_nifti}
     numbers, pictures = [], []
