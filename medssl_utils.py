@@ -2205,8 +2205,8 @@ def _read_nifti(path: Path, options: ReadOptions) -> _Reading:
            "height": height, "count": count, "deep": True}
     whole = volume.dataobj.get_unscaled()
     for number in _chosen(count, options.slices):
-        place = count - 1 - number if turns[across, 1] < 0 else number
-        slab = whole.take([place], across) * volume.dataobj.slope + volume.dataobj.inter
+        level = count - 1 - number if turns[across, 1] < 0 else number
+        slab = whole.take([level], across) * volume.dataobj.slope + volume.dataobj.inter
         slab = nibabel.apply_orientation(slab, turns).take(0, plane)
         yield number, _scaled(slab[::-1, ::-1].T, options, True)     # right on the left, top up
 
@@ -2262,12 +2262,10 @@ def _hold_out(index: np.ndarray, labels: np.ndarray, units: np.ndarray, folds: i
     alone = len(np.unique(units[index])) == len(index)               # the quicker one will do
     kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
         folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():                                  # classes below `folds` units
-        warnings.simplefilter("ignore", UserWarning)
-        pairs = [(index[a], index[b]) for a, b in kfold.split(index, labels[index], units[index])]
-    classes = len(np.unique(labels[index]))
-    return next((pair for pair in pairs if all(len(np.unique(labels[i])) == classes for i in pair)),
-                pairs[0])[1]
+    found = kfold.split(index, labels[index], None if alone else units[index])
+    pairs = [(index[rest], index[part]) for rest, part in found]
+    return next((part for rest, part in pairs if set(labels[rest]) == set(labels[part])),
+                pairs[0][1])
 
 
 def _join(parts: Sequence[Split]) -> Split:
