@@ -357,6 +357,14 @@ def test_two_at_once_give_the_same_pictures(folder, read):
     assert one.cache == two.cache and np.array_equal(one.images, two.images)
 
 
+def test_many_files_come_in_the_order_of_the_table(folder, read):
+    for i in range(300):  # more than are held in memory at once
+        Image.new("L", (1, 1), i % 251).save(folder / f"{i:03d}.png")
+    found = read()
+    assert found.table["path"].tolist() == [f"{i:03d}.png" for i in range(300)]
+    assert found.images[:, 0, 0].tolist() == [i % 251 for i in range(300)]
+
+
 # X1: 16 bits -----------------------------------------------------------------
 
 
@@ -583,6 +591,14 @@ def test_x5_grey_files_stay_grey_and_mixed_ones_become_rgb(folder, read):
     images = read().images
     assert images.shape == (2, 8, 8, 3)
     assert np.array_equal(images[0], np.asarray(Image.open(folder / "a.png").convert("RGB")))
+
+
+def test_x5_a_page_in_colour_makes_the_grey_one_before_it_rgb(folder, read):
+    pages = [Image.fromarray(RAMP), Image.new("RGB", (8, 8), (200, 100, 50))]
+    pages[0].save(folder / "a.tif", save_all=True, append_images=pages[1:])
+    first, second = read(slices="all").images
+    assert np.array_equal(first, np.stack([RAMP] * 3, 2))
+    assert (second == (200, 100, 50)).all()
 
 
 def test_x5_odd_names_and_modes_are_reported(folder, read):
