@@ -1381,17 +1381,6 @@ class DataSplits:
         parts = "".join(part.fingerprint for part in self.parts.values())
         return hashlib.sha256(parts.encode()).hexdigest()
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a result file should say about this data set, JSON-ready."""
-        return {
-            "name": self.name, "source": self.source, "demo": self.demo, "task": self.task,
-            "class_names": list(self.class_names), "mean": list(self.mean), "std": list(self.std),
-            "published_split": self.published_split, "notes": list(self.notes),
-            "counts": {name: len(part) for name, part in self.parts.items()},
-            "image_shape": list(self.train.images.shape[1:]),
-            "dtype": str(self.train.images.dtype), "fingerprint": self.fingerprint,
-        }
-
 
 def load_data(
     dataset: str | Path = "phantom", *, image_size: int = 224, data_dir: str | Path = "data",
