@@ -768,6 +768,15 @@ def test_x7_a_compressed_file_gives_the_pixels_of_the_plain_one(folder, read, na
     assert np.array_equal(plain, other) and plain.max() == 255
 
 
+@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm"])
+def test_x7_pixels_that_are_read_after_the_header_are_the_same(folder, read, name, monkeypatch):
+    shutil.copy(get_testdata_file(name, download=False), folder / "a.dcm")
+    at_once = np.array(read(image_size=64).images)
+    monkeypatch.setattr(m, "DICOM_DEFERRED", 100)  # bytes, as if the file were large
+    anew = read(image_size=64, slices="all").images  # another option, so nothing is mapped
+    assert np.array_equal(anew, at_once)
+
+
 def test_x7_a_palette_becomes_its_colours(folder, read):
     path = get_testdata_file("examples_palette.dcm", download=False)
     shutil.copy(path, folder / "a.dcm")
