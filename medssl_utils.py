@@ -1371,21 +1371,15 @@ class DataSplits:
     published_split: bool = False
 
     @property
+    def parts(self) -> dict[str, Split]:
+        """The three parts by name."""
+        return {"train": self.train, "val": self.val, "test": self.test}
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the fingerprints of train, val and test."""
-        parts = (getattr(self, name).fingerprint for name in SPLITS)
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
-
-    def describe(self) -> dict[str, Any]:
-        """Return what a result file should say about this data set, JSON-ready."""
-        return {
-            "name": self.name, "source": self.source, "demo": self.demo, "task": self.task,
-            "class_names": list(self.class_names), "mean": list(self.mean), "std": list(self.std),
-            "published_split": self.published_split, "notes": list(self.notes),
-            "counts": {name: len(getattr(self, name)) for name in SPLITS},
-            "image_shape": list(self.train.images.shape[1:]),
-            "dtype": str(self.train.images.dtype), "fingerprint": self.fingerprint,
-        }
+        parts = "".join(part.fingerprint for part in self.parts.values())
+        return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def load_data(
@@ -1481,16 +1475,13 @@ def _fetch_medmnist(path: Path, url: str, md5: str, download: bool, unofficial: 
         except (CheckpointError, OSError) as error:
             raise OSError(f"{path.name} could not be downloaded: {error}\n{by_hand}") from error
         return []
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "md5").hexdigest()
-    if found == md5:
-        return []
-    if unofficial:
-        return [f"{path.name} is not the official file (MD5 {found}, official {md5}); it was "
-                f"accepted because unofficial=True."]
-    raise ValueError(
-        f"{path} is not the official file: its MD5 is {found}, expected {md5}. Move it away and "
-        f"load again to fetch the official one, or pass unofficial=True to use it as it is.")
+    problem = _file_problem(path, {"md5": md5})
+    if problem and not unofficial:
+        raise ValueError(
+            f"{path} is not the official file: {problem}. Move it away and load again to fetch "
+            f"the official one, or pass unofficial=True to use it as it is.")
+    return [f"{path.name} is not the official file: {problem}; it was accepted because "
+            f"unofficial=True."] if problem else []
 
 
 def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
@@ -1525,23 +1516,30 @@ def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
             f"Data-split/ there.")
     files = {name: _covid_ct_images(folder, f"CT_{name}") for name in COVID_CT_CLASSES}
     patients, notes = _covid_ct_patients(folder)
-    parts, listed, formats = {}, 0, []
-    for part in SPLITS:
-        names, labels = _covid_ct_list(folder, part, files)
-        listed += len(names)
-        sources = [files[COVID_CT_CLASSES[label]][name] for name, label in zip(names, labels)]
-        ids = [f"CT_{COVID_CT_CLASSES[label]}/{name}" for name, label in zip(names, labels)]
-        images, found = _decode_all(sources, ids, image_size, dtype)
-        formats += [kind for kind, name in zip(found, names) if name.endswith(".png")]
-        parts[part] = Split(
-            images, np.array(labels, np.int64), np.array(ids),
-            np.array([patients.get(Path(i).with_suffix("").as_posix(), "") for i in ids]),
-            np.array([_covid_ct_article(i) for i in ids]))
-    notes += [f"{formats.count('JPEG')} JPEG files are named .png."] if "JPEG" in formats else []
-    left = sum(map(len, files.values())) - listed
+    table = pd.concat([_covid_ct_list(folder, part, label, files[COVID_CT_CLASSES[label]])
+                       for part in SPLITS for label in range(2)], ignore_index=True)
+    images, broken, jpegs = np.empty((len(table), image_size, image_size, 3), dtype), [], 0
+    found = _read_files(table["file"].tolist(), functools.partial(
+        _read_file, options=ReadOptions(), size=image_size, dtype=dtype))
+    for (fact, pictures), row in zip(found, table.itertuples()):
+        broken += [f"{row.id}: {fact['reason']}"] if fact["reason"] else []
+        jpegs += fact["kind"] == "JPEG" and row.id.endswith(".png")
+        for picture in pictures:
+            images[row.Index] = _as_rgb(picture)
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(table)} images can't be read:\n  "
+                         + "\n  ".join(broken))
+    pool = Split(images, table["label"].to_numpy(), table["id"].to_numpy(str),
+                 np.array([patients.get(i.rpartition(".")[0], "") for i in table["id"]]),
+                 np.array([_covid_ct_article(i) for i in table["id"]]))
+    notes += [f"{jpegs} JPEG files are named .png."] if jpegs else []
+    left = sum(map(len, files.values())) - len(table)
     notes += [f"{left} images are in no split list and were left out."] if left else []
-    unknown = sum(int((p.groups == "").sum()) for p in parts.values())
-    notes += [f"The patient is not known for {unknown} of {listed} images."] if unknown else []
+    unknown = int((pool.groups == "").sum())
+    notes += [f"The patient is not known for {unknown} of {len(table)} images."] if unknown else []
+    sizes = [int((table["part"] == part).sum()) for part in SPLITS]
+    parts = {part: pool.take(slice(end - size, end))
+             for part, size, end in zip(SPLITS, sizes, np.cumsum(sizes))}
     return DataSplits(
         name="covid_ct", **parts, class_names=COVID_CT_CLASSES,
         mean=COVID_CT_MEAN, std=COVID_CT_STD, notes=tuple(notes), published_split=True,
@@ -1549,40 +1547,34 @@ def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
     )
 
 
-def _covid_ct_images(folder: Path, kind: str) -> dict[str, Path | tuple[Path, str]]:
-    """Map file name to path, or to (zip, member), of the images of `kind` (CT_COVID ...)."""
+def _covid_ct_images(folder: Path, kind: str) -> dict[str, Path | zipfile.Path]:
+    """Map file name to path, if need be within a zip, of the images of `kind` (CT_COVID ...)."""
     for root in (folder, folder / "Images-processed"):
-        if (root / kind).is_dir():
-            return {p.name: p for p in sorted((root / kind).iterdir())
-                    if p.is_file() and not p.name.startswith(".")}
-        if (root / f"{kind}.zip").is_file():
-            with zipfile.ZipFile(root / f"{kind}.zip") as file:
-                members = [m for m in file.namelist() if not m.endswith("/")]
-            return {m.rsplit("/", 1)[-1]: (root / f"{kind}.zip", m) for m in members
-                    if not m.rsplit("/", 1)[-1].startswith(".")}
+        place = root / kind
+        if not place.is_dir() and (root / f"{kind}.zip").is_file():
+            place = zipfile.Path(root / f"{kind}.zip", f"{kind}/")
+        if place.is_dir():
+            return {p.name: p for p in place.iterdir() if p.is_file() and p.name[0] != "."}
     raise FileNotFoundError(f"{folder} has neither {kind}/ nor {kind}.zip, also not in "
                             f"Images-processed/. Copy it from {COVID_CT_URL}.")
 
 
 def _covid_ct_list(
-    folder: Path, part: str, files: Mapping[str, Mapping[str, Any]],
-) -> tuple[list[str], list[int]]:
-    """Read the split lists of `part`, COVID first as the authors do; return names and labels."""
-    names, labels = [], []
-    for label, kind in enumerate(COVID_CT_CLASSES):
-        path = folder / "Data-split" / kind / f"{part}CT_{kind}.txt"
-        if not path.is_file():
-            raise FileNotFoundError(f"The split list {path} is missing. Copy Data-split/ from "
-                                    f"{COVID_CT_URL}.")
-        listed = path.read_text(encoding="utf-8").split("\n")        # some lines end in CRLF
-        listed = [line.strip() for line in listed if line.strip()]
-        missing = [name for name in listed if name not in files[kind]]
-        if missing:
-            raise FileNotFoundError(f"{len(missing)} of {len(listed)} images named in {path} are "
-                                    f"missing, among them {missing[:3]}.")
-        names += listed
-        labels += [label] * len(listed)
-    return names, labels
+    folder: Path, part: str, label: int, files: Mapping[str, Path | zipfile.Path],
+) -> pd.DataFrame:
+    """Read the split list of a part and class: its images' part, label, id and file."""
+    kind = COVID_CT_CLASSES[label]
+    path = folder / "Data-split" / kind / f"{part}CT_{kind}.txt"
+    if not path.is_file():
+        raise FileNotFoundError(f"The split list {path} is missing. Copy Data-split/ from "
+                                f"{COVID_CT_URL}.")
+    listed = path.read_text(encoding="utf-8").split("\n")            # some lines end in CRLF
+    listed = [line.strip() for line in listed if line.strip()]
+    if missing := [name for name in listed if name not in files]:
+        raise FileNotFoundError(f"{len(missing)} of {len(listed)} images named in {path} are "
+                                f"missing, among them {missing[:3]}.")
+    return pd.DataFrame({"part": part, "label": label, "id": [f"CT_{kind}/{n}" for n in listed],
+                         "file": [files[name] for name in listed]})
 
 
 def _covid_ct_article(image_id: str) -> str:
@@ -1612,48 +1604,6 @@ def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
     return patients, notes if patients or notes else ["No meta table: patients are unknown."]
 
 
-def _decode_all(sources: Sequence[Any], ids: Sequence[str], image_size: int,
-                dtype: str) -> tuple[np.ndarray, list[str]]:
-    """Decode images into (N, image_size, image_size, 3) and name their formats.
-
-    Raises:
-        ValueError: names every image that could not be read, and why.
-    """
-    def decode(number: int) -> str:
-        try:
-            with Image.open(_image_file(sources[number])) as image:
-                images[number] = _area_resize(np.array(image.convert("RGB")), image_size, dtype)
-                return str(image.format)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            broken.append(f"{ids[number]}: {error}")
-            return ""
-
-    images = np.empty((len(sources), image_size, image_size, 3), dtype)
-    broken: list[str] = []
-    torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
-    with ThreadPoolExecutor() as pool:                               # Pillow frees the GIL
-        formats = list(pool.map(decode, range(len(sources))))
-    if broken:
-        raise ValueError(f"{len(broken)} of {len(sources)} images can't be read:\n  "
-                         + "\n  ".join(sorted(broken)))
-    return images, formats
-
-
-def _image_file(source: Path | tuple[Path, str]) -> Path | io.BytesIO:
-    """Return what Pillow can open: the path, or the bytes of a zip's member."""
-    if isinstance(source, Path):
-        return source
-    with zipfile.ZipFile(source[0]) as file:
-        return io.BytesIO(file.read(source[1]))
-
-
-def _area_resize(image: np.ndarray, size: int, dtype: str) -> np.ndarray:
-    """Resize (H, W, 3) uint8 to (size, size, 3): each new pixel is the mean of its area."""
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
-    pixels = F.interpolate(pixels, size=(size, size), mode="area")[0].permute(1, 2, 0)
-    return (pixels.round().byte() if dtype == "uint8" else pixels).numpy()
-
-
 # Folders of images -----------------------------------------------------------
 
 # Centre and width in Hounsfield units, as radiologists commonly set them.
@@ -1666,6 +1616,7 @@ FILE_KINDS = {**dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
               ".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI"}
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 MAX_PIXELS, MAX_FILE_PIXELS, MAX_PICTURES = 50_000_000, 500_000_000, 10_000   # the last: a file
+DICOM_DEFERRED = 1 << 26      # bytes: larger elements are read after the header was checked
 DICOM_TAGS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel",
               "PixelRepresentation", "PhotometricInterpretation")
 
@@ -1742,22 +1693,19 @@ class Folder:
     notes: tuple[str, ...]
     cache: Path
 
-    def split(self, class_names: Sequence[str], part: str | None = None) -> Split:
-        """Return the pictures of one part, or all, as a Split; class i is class_names[i].
+    def split(self, class_names: Sequence[str]) -> Split:
+        """Return all pictures as a Split; class i is class_names[i].
 
         Raises:
             ValueError: a label is none of `class_names`.
         """
-        rows = np.flatnonzero((self.table["split"] == part) | (part is None))
-        table = self.table.iloc[rows]
-        if strange := sorted(set(table["label"]) - set(class_names)):
+        if strange := sorted(set(self.table["label"]) - set(class_names)):
             raise ValueError(f"{self.name} has images of class {', '.join(map(repr, strange))}; "
                              f"expected: {', '.join(class_names)}.")
-        labels = table["label"].map({name: i for i, name in enumerate(class_names)})
-        known = (self.table["patient"] != "").any()
-        return Split(_take_mapped(self.images, rows, self.cache),
-                     labels.to_numpy(np.int64, copy=True),  # or torch would find it read-only
-                     table["id"].to_numpy(str), table["patient"].to_numpy(str) if known else None)
+        labels = self.table["label"].map({name: i for i, name in enumerate(class_names)})
+        patients = self.table["patient"].to_numpy(str)
+        return Split(self.images, labels.to_numpy(np.int64, copy=True),  # or torch would warn
+                     self.table["id"].to_numpy(str), patients if (patients != "").any() else None)
 
 
 def read_folder(
@@ -1790,8 +1738,8 @@ def read_folder(
     if files.empty:
         raise ValueError(f"{folder} holds no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image. "
                          + " ".join(notes))
-    cache, facts = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
-    files = pd.concat([files, facts], axis=1)
+    cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
+    files = pd.concat([files, pd.DataFrame(known["facts"])], axis=1)
     broken = files.loc[files["reason"] != "", ["path", "reason"]].reset_index(drop=True)
     if len(broken) and (options.on_error == "stop" or len(broken) == len(files)):
         listed = "\n  ".join(f"{path}: {reason}" for path, reason in broken.itertuples(index=False))
@@ -1806,8 +1754,9 @@ def read_folder(
     table.insert(0, "id", table["path"] + page.where(table["count"] > 1, ""))
     name = folder.resolve().stem if folder.is_file() else folder.resolve().name
     name = re.sub(r"[^\w.-]+", "-", name)
+    images = np.memmap(cache, dtype, "c", shape=tuple(known["shape"]))   # "r" would make torch warn
     return Folder(
-        name if name not in DATASETS else f"{name}-folder", np.load(cache, mmap_mode="c"),
+        name if name not in DATASETS else f"{name}-folder", images,
         table[["id", "path", "label", "split", "patient", "kind", "mode", "width", "height"]],
         broken, (*notes, *_oddities(files, options), *about_patients), cache)
 
@@ -1822,44 +1771,27 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
     if len(names) < 2:
         raise ValueError(f"{folder} has images of one class only ({names[0]}); at least two are "
                          f"needed. {' '.join(found.notes)}")
-    parts = set(found.table["split"])
-    if not parts & {"", "train"}:
-        raise ValueError(f"{folder} has {' and '.join(sorted(parts))} but no train part: nothing "
-                         f"to learn from. To score a model on it, see read_folder.")
-    missing = [part for part in ("test", "val") if part not in parts]
-    found, notes = _draw_parts(found, missing, seed), list(found.notes)
-    if missing:
+    parts = found.table["split"].replace("", "train").to_numpy(str)
+    if "train" not in parts:
+        raise ValueError(f"{folder} has {' and '.join(sorted(set(parts)))} but no train part: "
+                         f"nothing to learn from. To score a model on it, see read_folder.")
+    pool, notes = found.split(names), list(found.notes)
+    if missing := [part for part in ("test", "val") if part not in parts]:
+        _draw_parts(found.name, pool, parts, missing, names, seed)
         path = found.cache.with_name(f"{found.name}_{found.cache.stem[:8]}_seed{seed}.csv")
         with _atomic(path) as temporary:
-            found.table[["path", "label", "split", "patient"]].drop_duplicates().to_csv(
-                temporary, index=False)
-        by = "patient" if (found.table["patient"] != "").any() else "image: no patient is known"
+            drawn = found.table.assign(split=parts)[["path", "label", "split", "patient"]]
+            drawn.drop_duplicates().to_csv(temporary, index=False)
+        by = "image: no patient is known" if pool.groups is None else "patient"
         notes.append(f"{' and '.join(missing)} drawn with seed {seed}, stratified, by {by}; kept "
                      f"as {path.name} in {path.parent.name}/. Copied into the folder, that list "
                      f"stays in force whatever is added.")
-    splits = {part: found.split(names, part) for part in SPLITS}
+    splits = {part: pool.take(np.flatnonzero(parts == part)) for part in SPLITS}
     mean, std = _intensity(splits["train"].images)
     return DataSplits(
         name=found.name, **splits, class_names=names, mean=mean, std=std, notes=tuple(notes),
         task="binary" if len(names) == 2 else "multi-class",
         source=f"the user's folder {found.name}; rights as the user knows them")
-
-
-def _draw_parts(found: Folder, missing: Sequence[str], seed: int) -> Folder:
-    """Draw the missing parts from train: about a quarter as test, a fifth of the rest as val."""
-    table = found.table
-    labels, parts = table["label"].to_numpy(str), table["split"].replace("", "train").to_numpy(str)
-    units = table["patient"].where(table["patient"] != "", table["id"]).to_numpy(str)
-    for left, part in zip(range(len(missing), 0, -1), missing):
-        index = np.flatnonzero(parts == "train")
-        counts = pd.Series(units[index]).groupby(labels[index]).nunique()
-        if counts.min() <= left:
-            raise ValueError(f"{found.name}: class {counts.idxmin()} has {counts.min()} patients "
-                             f"(or images without one), {left + 1} are needed to draw {part}. Add "
-                             f"images, or name the parts yourself.")
-        folds = min({"test": 4, "val": 5}[part], counts.min())
-        parts[_hold_out(index, labels, units, folds, seed)[1]] = part
-    return dataclasses.replace(found, table=table.assign(split=parts))
 
 
 def _intensity(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -1878,7 +1810,8 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
     if tables:
         raise ValueError(f"{folder} has {len(tables)} CSV files. Give the path of the one that "
                          f"lists the images.")
-    paths, left_out = _walk(folder)
+    left_out: Counter[str] = Counter()
+    paths = list(_walk(folder, left_out, set()))
     steps = [tuple(map(_printable, path.relative_to(folder).parts)) for path in paths]
     tops = {step[0] for step in steps if len(step) > 1}
     divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
@@ -1899,25 +1832,23 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
         "patient": ""}), left_out
 
 
-def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Return the image files below `folder`, each once whatever links to it; count the others."""
-    paths, left_out, seen = [], Counter(), set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        left_out["folders met a second time, by a link"] += real in seen
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
-        if real in seen:
-            folders[:], names = [], []
+def _walk(folder: Path, left_out: Counter[str], seen: set[str]) -> Iterator[Path]:
+    """Yield the image files below `folder`, each once whatever links to it; count the others."""
+    real_folder = os.path.realpath(folder)
+    seen.add(real_folder)
+    for path in sorted(folder.iterdir()):
+        real = os.path.realpath(path) if path.is_symlink() else os.path.join(real_folder, path.name)
+        met = real in seen
         seen.add(real)
-        for name in sorted(names):
-            path = Path(root, name)
-            real_file = os.path.realpath(path) if path.is_symlink() else os.path.join(real, name)
-            why = _not_wanted(path) or "links to files met before" * (real_file in seen)
+        if path.is_dir():
+            if met:
+                left_out["folders met a second time, by a link"] += 1
+            elif path.name[0] != "." and path.name != "__MACOSX":
+                yield from _walk(path, left_out, seen)
+        elif why := _not_wanted(path) or "links to files met before" * met:
             left_out[why] += 1
-            seen.add(real_file)
-            paths += [] if why else [path]
-    del left_out[""]
-    return paths, +left_out
+        else:
+            yield path
 
 
 def _not_wanted(path: Path) -> str:
@@ -1936,7 +1867,7 @@ def _kind(path: Path) -> str:
     name = path.name.lower().removesuffix(".gz")
     if kind := FILE_KINDS.get(Path(name).suffix):
         return kind
-    with contextlib.suppress(OSError), open(path, "rb") as file:
+    with contextlib.suppress(OSError), path.open("rb") as file:
         return "DICOM" if file.read(132)[128:] == b"DICM" and name != "dicomdir" else ""
     return ""
 
@@ -1994,150 +1925,109 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFr
 
 def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
     """Say what the reader of a result should know about the files that were read."""
-    def counted(column: str) -> str:
-        return ", ".join(f"{name} {n}" for name, n in files[column].value_counts().items())
-
+    kinds, modes = (", ".join(f"{name} {n}" for name, n in files[column].value_counts().items())
+                    for column in ("kind", "mode"))
     rule = f"by the window {options.window!r}" if options.window else "each over its own range"
+    odd = {f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
+           f"have more than 8 bits, scaled {rule}": files["deep"],
+           "were turned upright by their EXIF mark": files["turned"],
+           "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32}
     suffix = files["path"].str.lower().str.extract(r"\.(\w+)$")[0].replace("jpg", "jpeg")
-    misnamed = files["kind"].isin(("PNG", "JPEG", "BMP")) & (suffix != files["kind"].str.lower())
-    found = {
-        f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
-        f"have more than 8 bits, scaled {rule}": files["deep"],
-        "were turned upright by their EXIF mark": files["turned"],
-        "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32,
-        **{f"{kind} files are named .{end}": misnamed & (files["kind"] == kind) & (suffix == end)
-           for kind, end in sorted(set(zip(files["kind"][misnamed], suffix[misnamed])))}}
-    return [f"{len(files)} files: {counted('kind')}; pixels: {counted('mode')}.",
-            *(f"{which.sum()} {text if 'files' in text else f'files {text}'}."
-              for text, which in found.items() if which.any())]
+    named = files.groupby(["kind", suffix]).size().items()
+    return [f"{len(files)} files: {kinds}; pixels: {modes}.",
+            *(f"{which.sum()} files {text}." for text, which in odd.items() if which.any()),
+            *(f"{n} {kind} files are named .{end}." for (kind, end), n in named
+              if kind in ("PNG", "JPEG", "BMP") and end != kind.lower())]
 
 
 # Decoding: once, in parallel, into a file that is mapped from then on
 
 
-def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
-             data_dir: Path) -> tuple[Path, pd.DataFrame]:
-    """Return the .npy that holds all pictures in order, and the facts of each file."""
-    digest = hashlib.sha256(repr(("version 1", size, dtype, options.window, options.slices,
+def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
+             data_dir: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file that holds all pictures in order, their shape, and each file's facts."""
+    digest = hashlib.sha256(repr(("version 2", size, dtype, options.window, options.slices,
                                   options.plane)).encode())
     for path in paths:
         info = path.stat()
         digest.update(f"{path.absolute()}\0{info.st_size}\0{info.st_mtime_ns}\n".encode(
             "utf-8", "surrogateescape"))
-    cache = data_dir / "decoded" / f"{digest.hexdigest()[:16]}.npy"
+    cache = data_dir / "decoded" / f"{digest.hexdigest()[:16]}.pixels"
     record = cache.with_suffix(".json")
+    read = functools.partial(_read_file, options=options, size=size, dtype=dtype)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
         for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):   # of a process killed here
             leftover.unlink()
         try:                                                         # the record is written last
-            kept = json.loads(record.read_text("utf-8"))
-            whole = kept["bytes"] == cache.stat().st_size and not any(
-                _reads_now(path, options) for path, fact in zip(paths, kept["facts"])
-                if fact["reason"])
-        except (OSError, ValueError, KeyError):
+            known = json.loads(record.read_text("utf-8"))
+            pixels = math.prod(known["shape"]) * np.dtype(dtype).itemsize
+            broken = [path for path, fact in zip(paths, known["facts"]) if fact["reason"]]
+            whole = cache.stat().st_size == pixels
+        except (OSError, ValueError):
             whole = False
-        if not whole:
-            facts = _decode_files(paths, options, size, dtype, cache)
-            kept = {"facts": facts, "bytes": cache.stat().st_size}
-            _write_json(record, kept)
-    return cache, pd.DataFrame(kept["facts"])
+        # What was broken is tried again: a right or a decoder may have been added.
+        if not whole or not all(fact["reason"] for fact, _ in _read_files(broken, read)):
+            with _atomic(cache) as temporary:
+                known = (_write_pictures(temporary, _read_files(paths, read), (size, size))
+                         or _write_pictures(temporary, _read_files(paths, read), (size, size, 3)))
+            _write_json(record, known)
+    return cache, known
 
 
-def _reads_now(path: Path, options: ReadOptions) -> bool:
-    """Try a file again that could not be read: a right or a decoder may have been added."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            facts, read = _open_file(path, options)
-            numbers = _chosen(facts.get("count", 1), options.slices)
-            return all(read(number).ndim < 4 for number in numbers)
-        except Exception:                                            # still the same, or another
-            return False
+def _write_pictures(path: Path, found: Iterator[_Found], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Write pictures as they come; return the shape of all and each file's facts.
 
-
-def _decode_files(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
-                  cache: Path) -> list[dict[str, Any]]:
-    """Read all headers, then all pixels into `cache`; a file that can't be read has a `reason`."""
-    def attempt(work: Callable[[int], Any], i: int) -> Any:
-        try:
-            return work(i)
-        except Exception as error:                                   # damaged files raise anything
-            facts[i] |= {"reason": _reason(error, paths[i]), "numbers": []}
-
-    def look(i: int) -> None:
-        facts[i] |= _open_file(paths[i], options)[0]
-        facts[i]["numbers"] = _chosen(facts[i]["count"], options.slices)
-
-    def decode(i: int) -> None:
-        read = _open_file(paths[i], options)[1]
-        for row, number in enumerate(facts[i]["numbers"], starts[i]):
-            put(row, _resized(read(number), size, dtype, colour))
-
-    facts = [{**_UNREAD, "numbers": [], "reason": ""} for _ in paths]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                              # what matters is a reason
-        _in_parallel(functools.partial(attempt, look), range(len(paths)), "headers")
-        counts = [len(f["numbers"]) for f in facts]
-        starts, colour = np.cumsum([0, *counts]), any(f["colour"] for f in facts)
-        shape = (int(starts[-1]), size, size, *(3,) * colour)
-        with _new_array(cache, dtype, shape) as put:
-            _in_parallel(functools.partial(attempt, decode), np.flatnonzero(counts), "pictures")
-    kept = np.repeat([f["reason"] == "" for f in facts], counts)
-    if not kept.all():                                               # no gaps where files failed
-        images = np.load(cache, mmap_mode="r")
-        _copy_rows(images, np.flatnonzero(kept), cache)
-    return facts
-
-
-def _in_parallel(work: Callable[[int], Any], items: Sequence[int], what: str) -> None:
-    """Do `work` on all items in threads (decoders free the GIL), with a bar if watched."""
-    torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            deque(tqdm(pool.map(work, items), desc=what, total=len(items), unit="file",
-                       disable=not _is_watched()), maxlen=0)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)                       # or it would end its queue
-            raise
-
-
-@contextlib.contextmanager
-def _new_array(path: Path, dtype: Any, shape: tuple[int, ...]) -> Iterator[Callable]:
-    """Yield a function that writes rows of a new .npy from a given row on; name it when done.
-
-    It writes plainly: a full disk is an error, where a mapped file would end the process.
+    Grey ones become RGB if `shape` is; if it is grey, the first in colour ends all: {}.
     """
-    with _atomic(path) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_2_0(
-            file, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape})
-        start, lock = file.tell(), threading.Lock()
-        step = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-
-        def put(row: int, pixels: np.ndarray) -> None:
-            with lock:
-                file.seek(start + row * step)
-                file.write(pixels.tobytes())
-
-        yield put
-        file.truncate(start + shape[0] * step)
+    facts = []
+    with open(path, "wb") as file:
+        for fact, pictures in found:
+            if any(picture.ndim > len(shape) for picture in pictures):
+                return {}
+            facts.append(fact)
+            for picture in pictures:
+                file.write((_as_rgb(picture) if len(shape) == 3 else picture).tobytes())
+    return {"shape": [sum(len(fact["numbers"]) for fact in facts), *shape], "facts": facts}
 
 
-def _copy_rows(images: np.ndarray, rows: np.ndarray, path: Path) -> None:
-    """Write `images[rows]` as .npy, a few at a time."""
-    with _new_array(path, images.dtype, (len(rows), *images.shape[1:])) as put:
-        for i in range(0, len(rows), 256):
-            put(i, images[rows[i:i + 256]])
+def _as_rgb(picture: np.ndarray) -> np.ndarray:
+    """Return (S, S) or (S, S, 3) as (S, S, 3)."""
+    return picture if picture.ndim == 3 else picture[..., None].repeat(3, axis=2)
 
 
-def _take_mapped(images: np.ndarray, rows: np.ndarray, cache: Path) -> np.ndarray:
-    """Return `images[rows]`, mapped from disk too: a stretch as it is, others copied once."""
-    if len(rows) == 0 or len(rows) == rows[-1] - rows[0] + 1:
-        return images[rows[0]:rows[-1] + 1] if len(rows) else images[:0]
-    path = cache.with_name(f"{cache.stem}_{hashlib.sha256(rows.tobytes()).hexdigest()[:8]}.npy")
-    if not path.exists():
-        _copy_rows(images, rows, path)
-    return np.load(path, mmap_mode="c")                              # "r" would make torch warn
+def _read_files(paths: list[Any], read: Callable[[Any], _Found]) -> Iterator[_Found]:
+    """Read files in parallel, with a bar if watched; yield facts and pictures of each in order."""
+    torch.set_num_threads(torch.get_num_threads())  # or a forked process fails in several threads
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(), tqdm(
+            desc="images", total=len(paths), unit="file",
+            disable=not (paths and _is_watched())) as bar:
+        warnings.simplefilter("ignore")                              # what matters is a reason
+        for start in range(0, len(paths), 256):                      # not all in memory at once
+            for found in pool.map(read, paths[start:start + 256]):
+                bar.update()
+                yield found
+
+
+_Found = tuple[dict[str, Any], list[np.ndarray]]  # a file's facts; its pictures
+_UNREAD = {"kind": "", "mode": "", "width": 0, "height": 0, "count": 1, "deep": False,
+           "turned": False, "patient_id": "", "numbers": [], "reason": ""}
+
+
+def _read_file(path: Path, options: ReadOptions, size: int, dtype: str) -> _Found:
+    """Return a file's facts and its pictures, (size, size) or (size, size, 3)."""
+    readers = {"DICOM": _read_dicom, "NIfTI": _read_nifti}
+    numbers, pictures = [], []
+    try:
+        reading = readers.get(_kind(path), _read_image)(path, options)
+        facts = _UNREAD | next(reading)
+        _check_size(facts["width"], facts["height"], facts["count"])
+        for number, picture in reading:
+            numbers.append(number)
+            pictures.append(_area_resize(picture, size, dtype))
+    except Exception as error:                                       # damaged files raise anything
+        return _UNREAD | {"reason": _reason(error, path)}, []
+    return facts | {"numbers": numbers}, pictures
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -2145,21 +2035,6 @@ def _reason(error: Exception, path: Path) -> str:
     text = " ".join(str(error).replace(f" {str(path)!r}", "").split()) or "no reason given"
     text = text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
     return _printable(text)[:300]
-
-
-def _chosen(count: int, slices: str) -> list[int]:
-    """Return the numbers, from 0, of the pictures to take of `count`."""
-    n = min(count, {"middle": 1, "all": count}.get(slices) or int(slices))
-    return [(2 * i + 1) * count // (2 * n) for i in range(n)]
-
-
-def _resized(picture: np.ndarray, size: int, dtype: str, colour: bool) -> np.ndarray:
-    """Return a picture (H, W) or (H, W, 3) as (size, size) or (size, size, 3), by area."""
-    if picture.ndim == 3 and not colour:
-        raise ValueError("a page in colour follows a grey one")
-    channels = np.atleast_3d(picture)                                # one by one: less memory
-    small = [_area_resize(channels[..., c:c + 1], size, dtype) for c in range(channels.shape[2])]
-    return np.concatenate(small * (3 // len(small)), axis=2) if colour else small[0][..., 0]
 
 
 def _check_size(width: int, height: int, count: int = 1) -> None:
@@ -2173,42 +2048,47 @@ def _check_size(width: int, height: int, count: int = 1) -> None:
                          f"{MAX_PICTURES:,} pictures a file")
 
 
-_Opened = tuple[dict[str, Any], Callable[[int], np.ndarray]]  # facts; number -> (H, W) or (H, W, 3)
-_UNREAD = {"kind": "", "mode": "", "width": 0, "height": 0, "count": 1, "colour": False,
-           "deep": False, "turned": False, "patient_id": ""}
+def _area_resize(image: np.ndarray, size: int, dtype: str) -> np.ndarray:
+    """Resize (H, W) or (H, W, 3) to `size`: each new pixel is the mean of its area."""
+    channels = [torch.from_numpy(image)] if image.ndim == 2 else torch.from_numpy(image).unbind(2)
+    small = [F.interpolate(c[None, None].float(), (size, size), mode="area")[0, 0]
+             for c in channels]                                      # one by one: less memory
+    small = small[0] if image.ndim == 2 else torch.stack(small, 2)
+    return (small.round().byte() if dtype == "uint8" else small).numpy()
 
 
-def _open_file(path: Path, options: ReadOptions) -> _Opened:
-    """Read a file's header; return its facts, and what reads a picture, 0..255, by its number."""
-    openers = {"image": _open_image, "DICOM": _open_dicom, "NIfTI": _open_nifti}
-    facts, read = openers.get(_kind(path), _open_image)(path, options)
-    _check_size(facts["width"], facts["height"], facts.get("count", 1))
-    return facts, read
+# A reader of a format yields the facts that the file's header states, then, where these were found
+# to be sane, the number of each picture and its pixels: (H, W) or (H, W, 3), 0..255.
+_Reading = Iterator[dict[str, Any] | tuple[int, np.ndarray]]
 
 
-def _open_image(path: Path, options: ReadOptions) -> _Opened:
-    """Open PNG, JPEG, TIFF or BMP."""
-    def read(number: int) -> np.ndarray:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            image.verify()                                           # the CRCs of a PNG
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+def _chosen(count: int, slices: str) -> list[int]:
+    """Return the numbers, from 0, of the pictures to take of `count`."""
+    n = min(count, {"middle": 1, "all": count}.get(slices) or int(slices))
+    return [(2 * i + 1) * count // (2 * n) for i in range(n)]
+
+
+def _read_image(path: Path, options: ReadOptions) -> _Reading:
+    """Read PNG, JPEG, TIFF or BMP."""
+    with path.open("rb") as file:
+        try:
+            image = Image.open(file, formats=IMAGE_FORMATS)
+        except UnidentifiedImageError:
+            what = _what(path) if isinstance(path, Path) else "something else"   # within a zip
+            raise ValueError(f"no PNG, JPEG, TIFF or BMP image but {what}") from None
+        kind = "JPEG" if image.format == "MPO" else image.format     # a JPEG with a preview
+        count = image.n_frames if kind == "TIFF" else 1
+        yield {"kind": kind, "mode": image.mode, "width": image.width, "height": image.height,
+               "count": count, "deep": image.mode[0] in "IF",
+               "turned": kind != "PNG" and image.getexif().get(274, 1) != 1}
+        image.verify()                                               # the CRCs of a PNG
+        image = Image.open(file, formats=IMAGE_FORMATS)
+        for number in _chosen(count, options.slices):
             image.seek(number)
             _check_size(*image.size)                                 # a page has its own
             seen = ImageOps.exif_transpose(image)
-            if seen.mode[0] in "IF":
-                return _scaled(np.asarray(seen), options, False)
-            return _as_seen(seen)
-
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            kind = "JPEG" if image.format == "MPO" else image.format     # a JPEG with a preview
-            return {"kind": kind, "mode": image.mode, "width": width, "height": height,
-                    "count": image.n_frames if kind == "TIFF" else 1,
-                    "colour": image.mode not in GREY_MODES, "deep": image.mode[0] in "IF",
-                    "turned": kind != "PNG" and image.getexif().get(274, 1) != 1}, read
-    except UnidentifiedImageError:
-        raise ValueError(f"no PNG, JPEG, TIFF or BMP image but {_what(path)}") from None
+            deep = seen.mode[0] in "IF"
+            yield number, _scaled(np.asarray(seen), options, False) if deep else _as_seen(seen)
 
 
 def _as_seen(image: Image.Image) -> np.ndarray:
@@ -2234,56 +2114,56 @@ def _scaled(values: np.ndarray, options: ReadOptions, hounsfield: bool) -> np.nd
     return np.clip(shares, 0, 1) * np.float32(255)
 
 
-def _open_dicom(path: Path, options: ReadOptions) -> _Opened:
-    """Open DICOM: rescaled, windowed, MONOCHROME1 inverted, palettes applied."""
+def _read_dicom(path: Path, options: ReadOptions) -> _Reading:
+    """Read DICOM: rescaled, windowed, MONOCHROME1 inverted, palettes applied."""
     from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
     from pydicom.filereader import read_file_meta_info
-    from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
+    from pydicom.pixels import apply_color_lut, pixel_array
 
-    with open(path, "rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            raise ValueError(f"no DICOM file but {_what(path)}")
-    syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    try:
+        syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+    except InvalidDicomError:
+        raise ValueError(f"no DICOM file but {_what(path)}") from None
     if syntax and syntax.is_deflated:                                # of unlimited size
         raise ValueError("a deflated DICOM file; convert it first, such as by dcmconv +te")
-    header = dcmread(path, stop_before_pixels=True)
+    header = dcmread(path, defer_size=DICOM_DEFERRED)
     _check_dicom(header, syntax)
-    photometric, colours = header.PhotometricInterpretation, header.SamplesPerPixel > 1
-    palette = photometric == "PALETTE COLOR"
-
-    def read(number: int) -> np.ndarray:
-        raw = pixel_array(path, index=number)
-        if palette:
+    photometric, count = header.PhotometricInterpretation, int(header.get("NumberOfFrames") or 1)
+    yield {"kind": "DICOM", "mode": _printable(f"{photometric} {header.BitsStored} bit"),
+           "width": int(header.Columns), "height": int(header.Rows), "count": count,
+           "deep": header.BitsStored > 8,
+           "patient_id": _printable(str(header.get("PatientID") or ""))}
+    for number in _chosen(count, options.slices):
+        raw = pixel_array(header, index=number)
+        if photometric == "PALETTE COLOR":
             raw = apply_color_lut(raw, header)
             raw = raw if raw.dtype == np.uint8 else (raw // 257).astype(np.uint8)
         if raw.ndim == 3 and raw.dtype != np.uint8:
             raise ValueError(f"a colour picture of {header.BitsStored} bits a channel")
-        if raw.ndim == 3:
-            return raw
-        values = apply_modality_lut(raw, header)
-        if raw.dtype != np.uint8 or header.BitsStored != 8 or not np.array_equal(raw, values):
-            outside = header.get("PixelPaddingValue")                # no part of the picture
-            if outside is not None and 0 < np.sum(raw == outside) < raw.size:
-                values = np.where(raw == outside, values[raw != outside].min(), values)
-            values = _scaled(values, options, header.get("Modality") == "CT"
-                             and "RescaleIntercept" in header)
-        return 255 - values if photometric == "MONOCHROME1" else values
+        yield number, raw if raw.ndim == 3 else _dicom_grey(raw, header, options)
 
-    return {"kind": "DICOM", "mode": _printable(f"{photometric} {header.BitsStored} bit"),
-            "width": int(header.Columns), "height": int(header.Rows),
-            "count": int(header.get("NumberOfFrames") or 1), "colour": palette or colours,
-            "deep": header.BitsStored > 8,
-            "patient_id": _printable(str(header.get("PatientID") or ""))}, read
+
+def _dicom_grey(raw: np.ndarray, header: Any, options: ReadOptions) -> np.ndarray:
+    """Return stored grey values (H, W) as 0..255, bright where the viewer shows it bright."""
+    from pydicom.pixels import apply_modality_lut
+
+    values = apply_modality_lut(raw, header)
+    if raw.dtype != np.uint8 or header.BitsStored != 8 or not np.array_equal(raw, values):
+        outside = header.get("PixelPaddingValue")                    # no part of the picture
+        if outside is not None and 0 < np.sum(raw == outside) < raw.size:
+            values = np.where(raw == outside, values[raw != outside].min(), values)
+        values = _scaled(values, options, header.get("Modality") == "CT"
+                         and "RescaleIntercept" in header)
+    return 255 - values if header.PhotometricInterpretation == "MONOCHROME1" else values
 
 
 def _check_dicom(header: Any, syntax: Any) -> None:
     """Name the tags that are missing, or the package that could decode the pixels."""
-    from pydicom.datadict import tag_for_keyword
     from pydicom.pixels import get_decoder
     from pydicom.tag import Tag
 
-    missing = [f"{name} {Tag(tag_for_keyword(name))}" for name in DICOM_TAGS
-               if header.get(name) is None]
+    missing = [f"{name} {Tag(name)}" for name in DICOM_TAGS if header.get(name) is None]
     missing += [] if syntax else ["TransferSyntaxUID (0002,0010)"]
     if missing:
         raise ValueError(f"no picture can be made: it lacks the tag {', '.join(missing)}")
@@ -2294,8 +2174,8 @@ def _check_dicom(header: Any, syntax: Any) -> None:
                          f"installed: pip install pylibjpeg {' '.join(needed)}")
 
 
-def _open_nifti(path: Path, options: ReadOptions) -> _Opened:
-    """Open a NIfTI volume, cut as it is seen from the patient's feet, front or left."""
+def _read_nifti(path: Path, options: ReadOptions) -> _Reading:
+    """Read a NIfTI volume, cut as it is seen from the patient's feet, front or left."""
     import nibabel
 
     volume = nibabel.load(path)
@@ -2308,17 +2188,16 @@ def _open_nifti(path: Path, options: ReadOptions) -> _Opened:
     plane = PLANES.index(options.plane)
     place = [int(np.flatnonzero(turns[:, 0] == axis)[0]) for axis in range(3)]
     across = place.pop(plane)
-    whole = functools.cache(volume.dataobj.get_unscaled)
-
-    def read(number: int) -> np.ndarray:
-        number = volume.shape[across] - 1 - number if turns[across, 1] < 0 else number
-        slab = whole().take([number], across) * volume.dataobj.slope + volume.dataobj.inter
-        slab = nibabel.apply_orientation(slab, turns).take(0, plane)
-        return _scaled(slab[::-1, ::-1].T, options, True)            # right on the left, top up
-
     width, height = (volume.shape[axis] for axis in place)
-    return {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": width,
-            "height": height, "count": volume.shape[across], "deep": True}, read
+    count = volume.shape[across]
+    yield {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": width,
+           "height": height, "count": count, "deep": True}
+    whole = volume.dataobj.get_unscaled()
+    for number in _chosen(count, options.slices):
+        level = count - 1 - number if turns[across, 1] < 0 else number
+        slab = whole.take([level], across) * volume.dataobj.slope + volume.dataobj.inter
+        slab = nibabel.apply_orientation(slab, turns).take(0, plane)
+        yield number, _scaled(slab[::-1, ::-1].T, options, True)     # right on the left, top up
 
 
 # Splits and subsets ----------------------------------------------------------
@@ -2333,34 +2212,49 @@ def _regroup(data: DataSplits, seed: int) -> DataSplits:
         raise ValueError(f"{data.name} can't be split by group: "
                          f"{'multi-label' if data.train.groups is not None else 'no patient ids'}"
                          f". Use split='official'.")
-    pool = _join([getattr(data, name) for name in SPLITS])
-    units = _split_units(pool)
-    rest, test = _hold_out(np.arange(len(pool)), pool.labels, units, 4, seed)
-    train, val = _hold_out(rest, pool.labels, units, 5, seed)
+    pool = _join(list(data.parts.values()))
+    parts = np.full(len(pool), "train")
+    _draw_parts(data.name, pool, parts, ("test", "val"), data.class_names, seed)
     return dataclasses.replace(
-        data, train=pool.take(train), val=pool.take(val), test=pool.take(test),
+        data, **{name: pool.take(np.flatnonzero(parts == name)) for name in SPLITS},
         published_split=False, source=f"{data.source}; grouped split, seed {seed}",
         notes=(*data.notes, f"Split anew by patient and article with seed {seed}: not "
                             f"comparable with results on the published split."))
 
 
-def _hold_out(index: np.ndarray, labels: np.ndarray, units: np.ndarray, folds: int,
-              seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split `index` into the rest and one of `folds` stratified parts; no unit is in both.
+def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str],
+                class_names: Sequence[str], seed: int) -> None:
+    """Draw the missing of `parts` (N,) from train: a quarter as test, a fifth of the rest as val.
 
-    Of scikit-learn's parts the first that leaves both sides every class.
+    Both only about so: stratified by class, and what belongs together stays in one part.
+    """
+    units = _split_units(pool)
+    for left, part in zip(range(len(missing), 0, -1), missing):
+        index = np.flatnonzero(parts == "train")
+        counts = pd.Series(units[index]).groupby(pool.labels[index]).nunique()
+        if counts.min() <= left:
+            raise ValueError(f"{name}: class {class_names[counts.idxmin()]} has {counts.min()} "
+                             f"patients (or images without one), {left + 1} are needed to draw "
+                             f"{part}. Add images, or name the parts yourself.")
+        folds = min({"test": 4, "val": 5}[part], counts.min())
+        parts[_hold_out(index, pool.labels, units, folds, seed)] = part
+
+
+def _hold_out(index: np.ndarray, labels: np.ndarray, units: np.ndarray, folds: int,
+              seed: int) -> np.ndarray:
+    """Return one of `folds` stratified parts of `index`, of whole units.
+
+    Of scikit-learn's parts the first where it and the rest have every class.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     alone = len(np.unique(units[index])) == len(index)               # the quicker one will do
     kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
         folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():                                  # classes below `folds` units
-        warnings.simplefilter("ignore", UserWarning)
-        pairs = [(index[a], index[b]) for a, b in kfold.split(index, labels[index], units[index])]
-    classes = len(np.unique(labels[index]))
-    return next((pair for pair in pairs if all(len(np.unique(labels[i])) == classes for i in pair)),
-                pairs[0])
+    found = kfold.split(index, labels[index], None if alone else units[index])
+    pairs = [(index[rest], index[part]) for rest, part in found]
+    return next((part for rest, part in pairs if set(labels[rest]) == set(labels[part])),
+                pairs[0][1])
 
 
 def _join(parts: Sequence[Split]) -> Split:
@@ -2492,14 +2386,14 @@ class SplitReport:
         warnings: what a reader of the results must know; recorded with them.
         tables: "classes", "intensity", and where there are any "duplicates", "patients" and
             "articles".
-        pictures: (caption, image, image) of the first duplicate pairs.
+        pictures: (caption, image) of the first duplicate pairs; both look the same.
     """
 
     name: str
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
-    pictures: list[tuple[str, np.ndarray, np.ndarray]] = field(default_factory=list)
+    pictures: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
     def raise_for_errors(self) -> None:
         """Raise ValueError with all errors, if there are any."""
@@ -2521,14 +2415,12 @@ class SplitReport:
         parts = [f"<p>{html.escape(line)}</p>" for line in self._lines()]
         parts += [f"<p>{title} ({len(table)} rows)</p>{table.head(12).to_html()}"
                   for title, table in self.tables.items()]
-        for caption, *images in self.pictures:
-            for image in images:
-                file = io.BytesIO()
-                pixels = np.clip(np.nan_to_num(image), 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).resize((96, 96)).save(file, "PNG")
-                code = base64.b64encode(file.getvalue()).decode()
-                parts.append(f"<img src='data:image/png;base64,{code}'> ")
-            parts.append(html.escape(caption) + "<br>")
+        for caption, image in self.pictures:
+            file = io.BytesIO()
+            pixels = np.clip(np.nan_to_num(image), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).resize((96, 96)).save(file, "PNG")
+            code = base64.b64encode(file.getvalue()).decode()
+            parts.append(f"<img src='data:image/png;base64,{code}'> {html.escape(caption)}<br>")
         return "".join(parts)
 
 
@@ -2547,16 +2439,19 @@ def check_splits(
     """
     report = SplitReport(data.name)
     leaks: list[str] = []
-    columns = {name: getattr(data, name).labels for name in SPLITS}
+    images = _list_images(data)
+    columns = {name: part.labels for name, part in data.parts.items()}
     for fraction in fractions:
         index = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
                              min_per_class=min_per_class)
         columns[f"train at {fraction:g}"] = data.train.labels[index]
     _check_classes(report, data, columns)
     _check_intensity(report, data, method)
-    _check_duplicates(report, data, leaks)
-    for kind, column in (("patients", "groups"), ("articles", "articles")):
-        shared = _shared(data, column)
+    _check_duplicates(report, data, images, leaks)
+    for kind in ("patients", "articles"):
+        known = images[images[kind] != ""]
+        shared = pd.crosstab(known[kind], known["split"]).reindex(columns=SPLITS, fill_value=0)
+        shared = shared[(shared > 0).sum(axis=1) > 1]
         if len(shared):
             report.tables[kind] = shared
             text = f"{len(shared)} {kind} in more than one split: {', '.join(shared.index[:5])}."
@@ -2595,8 +2490,7 @@ def _check_classes(
 def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) -> None:
     """Hold pixel values against 0..255 and against the checkpoint's pre-training input."""
     rows = {}
-    for name in SPLITS:
-        part = getattr(data, name)
+    for name, part in data.parts.items():
         step = part.images.size // 4_000_000 | 1                     # 4 million pixels are enough
         sample = part.images.reshape(-1)[::step] / 255
         low, high = float(part.images.min()), float(part.images.max())
@@ -2626,18 +2520,22 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
     report.tables["intensity"] = pd.DataFrame(rows).T.round(3)
 
 
-def _check_duplicates(report: SplitReport, data: DataSplits, leaks: list[str]) -> None:
+def _list_images(data: DataSplits) -> pd.DataFrame:
+    """Return a row for each image of all parts: where it is, whose, a digest of its pixels."""
+    return pd.concat([pd.DataFrame({
+        "split": name, "row": range(len(part)), "id": part.ids,
+        "label": [" ".join(map(str, np.atleast_1d(label))) for label in part.labels],
+        "patients": "" if part.groups is None else part.groups,
+        "articles": "" if part.articles is None else part.articles,
+        "digest": [hashlib.sha256(np.ascontiguousarray(i)).hexdigest() for i in part.images],
+    }) for name, part in data.parts.items()])
+
+
+def _check_duplicates(report: SplitReport, data: DataSplits, images: pd.DataFrame,
+                      leaks: list[str]) -> None:
     """Find images that are equal pixel for pixel, one row a pair; and ids that occur twice."""
-    first: dict[bytes, tuple[str, int]] = {}
-    rows = []
-    for name in SPLITS:
-        for i, image in enumerate(getattr(data, name).images):
-            digest = hashlib.sha256(np.ascontiguousarray(image)).digest()
-            other = first.setdefault(digest, (name, i))
-            if other != (name, i):
-                rows.append(_describe_pair(data, *other, name, i))
-    pairs = pd.DataFrame(rows, columns=["split", "id", "label", "split_2", "id_2", "label_2",
-                                        "images"])
+    pairs = images.drop_duplicates("digest").merge(images, on="digest", suffixes=("", "_2"))
+    pairs = pairs[(pairs.split != pairs.split_2) | (pairs.row != pairs.row_2)]
     torn, crossing = pairs.label != pairs.label_2, pairs.split != pairs.split_2
     for (one, two), some in pairs[crossing].groupby(["split", "split_2"]):
         leaks.append(f"{len(some)} images of {two} are pixel for pixel in {one} too, among them "
@@ -2650,30 +2548,12 @@ def _check_duplicates(report: SplitReport, data: DataSplits, leaks: list[str]) -
         report.warnings.append(f"{within} pairs of identical images within a split.")
     worst = pairs.assign(mild=~torn & ~crossing).sort_values("mild", kind="stable").head(4)
     report.pictures = [(f"{p.split} {p.id} ({p.label}) = {p.split_2} {p.id_2} ({p.label_2})",
-                        *p.images) for p in worst.itertuples()]
-    if rows:
-        report.tables["duplicates"] = pairs.drop(columns="images")
-    ids = Counter(i for name in SPLITS for i in getattr(data, name).ids)
-    if twice := [i for i, n in ids.items() if n > 1]:
+                        data.parts[p.split].images[p.row]) for p in worst.itertuples()]
+    if len(pairs):
+        report.tables["duplicates"] = pairs[["split", "id", "label", "split_2", "id_2", "label_2"]]
+    twice = images["id"][images["id"].duplicated()].unique()
+    if len(twice):
         report.errors.append(f"{len(twice)} ids occur twice, among them {', '.join(twice[:3])}.")
-
-
-def _describe_pair(data: DataSplits, split: str, i: int, split_2: str, j: int) -> tuple:
-    """Return a row of the table of duplicates."""
-    one, two = getattr(data, split), getattr(data, split_2)
-    labels = (" ".join(map(str, np.atleast_1d(label))) for label in (one.labels[i], two.labels[j]))
-    return (split, str(one.ids[i]), next(labels), split_2, str(two.ids[j]), next(labels),
-            (one.images[i], two.images[j]))
-
-
-def _shared(data: DataSplits, column: str) -> pd.DataFrame:
-    """Count images per split of the patients (or articles) that are in more than one."""
-    values = {name: getattr(getattr(data, name), column) for name in SPLITS}
-    if any(v is None for v in values.values()):
-        return pd.DataFrame()
-    counts = pd.DataFrame({name: pd.Series(v[v != ""]).value_counts()
-                           for name, v in values.items()}).fillna(0).astype(int)
-    return counts[(counts > 0).sum(axis=1) > 1].sort_index()
 
 
 # =============================================================================

@@ -249,8 +249,8 @@ def right_pictures() -> dict[str, np.ndarray]:
             for name, data in good_files().items():
                 path = Path(folder, name)
                 path.write_bytes(data)
-                facts, read = medssl._open_file(path, medssl.ReadOptions())
-                _RIGHT[name] = medssl._resized(read(0), SIZE, "uint8", facts.get("colour", False))
+                _, pictures = medssl._read_file(path, medssl.ReadOptions(), SIZE, "uint8")
+                _RIGHT[name] = pictures[0]
     return _RIGHT
 
 

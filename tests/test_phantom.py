@@ -22,8 +22,7 @@ def test_sizes_shapes_and_types(phantoms):
 
 
 def test_is_a_demo(phantoms):
-    assert phantoms.demo
-    assert phantoms.describe()["demo"] is True
+    assert phantoms.demo is True
 
 
 def test_classes_are_balanced(phantoms):
