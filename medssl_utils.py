@@ -4464,40 +4464,30 @@ def _titled(text: str, stamp: str) -> str:
 STAND_IN_MARK = "medssl_stand_in"  # a key of the wrapper that no published file has
 
 
-def write_demo_checkpoint(
-    method: str, folder: str | Path, *, seed: int = 0, variant: str = "published",
-) -> Path:
+def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> Path:
     """Write a stand-in: a checkpoint with random weights in the layout of a method's file.
 
     Names, dtypes, wrapper keys and backbone shapes are those that the authors' code writes;
-    auxiliary tensors are small. A mark in the wrapper keeps it from passing as published.
+    auxiliary tensors are small. A mark in the wrapper keeps it from passing as published. MoCo's
+    has the MLP head, on which the authors' README snippet runs.
 
     Args:
         method: BYOL, SwAV, MoCo or SparK.
         folder: where to write; the file gets the published one's name.
         seed: of the random numbers, which differ between methods anyway.
-        variant: "published"; for MoCo also "linear head" and "no head" ("published" has the MLP
-            head, on which the authors' README snippet runs), for SparK "still pre-training".
+
     Returns:
         The path.
     """
     check_choice(method, METHODS, "method")
-    others = {"MoCo": ("linear head", "no head"), "SparK": ("still pre-training",)}
-    check_choice(variant, ("published", *others.get(method, ())), f"variant of {method}")
     backbone = _demo_backbone(torch.Generator().manual_seed(len(METHODS) * seed
                                                             + METHODS.index(method)))
-    state: dict[str, Any] = OrderedDict()
-    for prefix, part in _demo_parts(method, variant):
-        if part == "backbone":
-            state |= {prefix + name: tensor for name, tensor in backbone.items()}
-        elif part == "second backbone":
-            state |= {prefix + name: torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype)
-                      for name, tensor in backbone.items()}
-        elif isinstance(part, nn.Module):
-            state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
-        else:
-            state[prefix] = part
-    wrapper = _demo_wrapper(method, variant, state)
+    second = {name: torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype)
+              for name, tensor in backbone.items()}
+    state = OrderedDict((prefix + name, tensor)
+                        for prefix, part in _demo_parts(method, backbone, second)
+                        for name, tensor in part.items())
+    wrapper = _demo_wrapper(method, state)
     wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
     path = Path(folder) / CHECKPOINTS[method].filename
     with _atomic(path) as temporary, open(temporary, "wb") as file:
@@ -4519,56 +4509,36 @@ def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return state
 
 
-def _demo_parts(method: str, variant: str) -> list[tuple[str, Any]]:
-    """What stands in a method's state_dict, in order: (prefix or key, part)."""
+def _demo_parts(
+    method: str, backbone: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
+) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    """What stands in a method's state_dict, in order: (prefix, tensors)."""
     mlp = nn.Sequential(nn.Linear(2, 2, bias=method == "SwAV"), nn.BatchNorm1d(2), nn.ReLU(),
-                        nn.Linear(2, 2))
+                        nn.Linear(2, 2)).state_dict()
     if method == "BYOL":
-        return [part for network, encoder in (("online", "backbone"), ("target", "second backbone"))
+        return [part for network, encoder in (("online", backbone), ("target", second))
                 for part in ((f"{network}_network.encoder.", encoder),
                              (f"{network}_network.projector.model.", mlp),
                              (f"{network}_network.predictor.model.", mlp))]
     if method == "SwAV":
-        return [("model.", "backbone"), ("model.projection_head.", mlp),
-                ("model.prototypes.", nn.Linear(2, 2, bias=False))]
-    if method == "MoCo":  # the linear head in its real shape, on which the authors' snippet raises
-        head = {"published": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)),
-                "linear head": nn.Linear(2048, 128), "no head": nn.Identity()}[variant]
-        queues = [(f"{name}queue{end}", torch.zeros((1,) if end else (2, 2),
-                                                    dtype=torch.int64 if end else torch.float32))
-                  for name in ("", "val_") for end in ("", "_ptr")]
-        return [*queues, ("encoder_q.", "backbone"), ("encoder_q.fc.", head),
-                ("encoder_k.", "second backbone"), ("encoder_k.fc.", head)]
-    return [("", "backbone")] if variant == "published" else _demo_still_pretraining()
+        return [("model.", backbone), ("model.projection_head.", mlp),
+                ("model.prototypes.", {"weight": torch.zeros(2, 2)})]
+    if method == "MoCo":
+        head = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).state_dict()
+        queue = {"queue": torch.zeros(2, 2), "queue_ptr": torch.zeros(1, dtype=torch.int64)}
+        return [("", queue), ("val_", queue), ("encoder_q.", backbone), ("encoder_q.fc.", head),
+                ("encoder_k.", second), ("encoder_k.fc.", head)]
+    return [("", backbone)]
 
 
-def _demo_still_pretraining() -> list[tuple[str, Any]]:
-    """What stands in SparK's `..._still_pretraining.pth`: buffers, encoder, decoder, settings."""
-    one = torch.zeros(1, 1, 1, 1)
-    convs = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1), nn.ReLU6(),
-                          nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1))
-    decoder = [(f"dense_decoder.dec.{i}.{name}", part) for i in range(5) for name, part in (
-        ("up_sample.", nn.ConvTranspose2d(1, 1, 4)), ("conv.", convs))]
-    return [("imn_m", one), ("imn_s", one), ("norm_black", one),
-            ("sparse_encoder.sp_cnn.", "backbone"), *decoder,
-            ("dense_decoder.proj.", nn.Conv2d(1, 1, 1)),
-            *((f"densify_norms.{i}.", nn.BatchNorm2d(1)) for i in range(4)),
-            *((f"densify_projs.{i}.", nn.Conv2d(1, 1, 1)) for i in range(4)),
-            *((f"mask_tokens.{i}", one) for i in range(4)),
-            ("config", {"mask_ratio": 0.6, "hierarchy": 4})]
-
-
-def _demo_wrapper(method: str, variant: str, state: dict[str, Any]) -> dict[str, Any]:
+def _demo_wrapper(method: str, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The dictionary around a state_dict, as Lightning 1.6 and SparK's code write it."""
-    if method != "SparK":
-        mixed = {"NativeMixedPrecisionPlugin": {}} if method == "SwAV" else {}
-        return {"epoch": 1, "global_step": 1, "pytorch-lightning_version": "1.6.5",
-                "state_dict": state, "loops": {}, "callbacks": {}, "optimizer_states": [],
-                "lr_schedulers": [], **mixed, "hparams_name": "kwargs", "hyper_parameters": {}}
-    if variant == "published":
+    if method == "SparK":
         return {"arch": "resnet50", "module": state, "is_pretrain": True}
-    return {"args": "", "arch": "resnet50", "epoch": 1, "performance_desc": "", "module": state,
-            "optimizer": {}, "is_pretrain": True}
+    mixed = {"NativeMixedPrecisionPlugin": {}} if method == "SwAV" else {}
+    return {"epoch": 1, "global_step": 1, "pytorch-lightning_version": "1.6.5",
+            "state_dict": state, "loops": {}, "callbacks": {}, "optimizer_states": [],
+            "lr_schedulers": [], **mixed, "hparams_name": "kwargs", "hyper_parameters": {}}
 
 
 SLICES_PER_PATIENT = 2
