@@ -4102,13 +4102,19 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _time_steps(cell: Mapping[str, Any]) -> float:
-    """Return the median seconds per image of a few training steps, the first left out."""
+    """Return a cell's seconds per training image, timed on a batch of its images."""
     config, data = _cell_data(cell)
-    device, times = pick_device(cell["device"]), []
+    batch = replace(data, train=data.train.take(np.arange(len(data.train))[:config.batch_size]))
+    return time_training(config, batch, cell["device"])
+
+
+def time_training(config: FineTuneConfig, data: DataSplits, device: str = "auto") -> float:
+    """Return the median seconds per image of a few passes over the training images, the first
+    left out. bench/study.py measures devices by it."""
+    times, where = [], pick_device(device)
     net = add_head(load_backbone("random")[0], len(data.class_names), 0)
-    net = net.to(device, memory_format=torch.channels_last)
-    images, labels = (torch.as_tensor(a[:config.batch_size]).to(device)
-                      for a in (data.train.images, data.train.labels))
+    net = net.to(where, memory_format=torch.channels_last)
+    images, labels = (torch.as_tensor(a).to(where) for a in (data.train.images, data.train.labels))
     optimizer, prep = make_optimizer(net, config), preprocessing_for(config, data, "random")
     while len(times) < 2 or sum(times) < 0.3:
         began = time.perf_counter()
@@ -4195,12 +4201,11 @@ def _run_in_notebook(cell: Mapping[str, Any]) -> None:
     load_run(folder)  # raises if the run isn't done, whatever the notebook says
 
 
-def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
-    """Run one cell in this process; return the kind of its error and what it says, "" if none.
-    `moment` makes each call another one, for executors that remember results."""
+def _run_cell(cell: Mapping[str, Any]) -> str | None:
+    """Run one cell in this process; return "", why it failed, or None: another process is at it."""
     if not _one_at_a_time.acquire(blocking=False):
-        return "threads", ("Two runs at once in one process would share random state. Give every "
-                           "worker one thread (Dask: threads_per_worker=1).")
+        return ("Two runs at once in one process would share random state. Give every worker one "
+                "thread (Dask: threads_per_worker=1).")
     names = "label_fraction", "seed", "study", "runs_dir", "device", "keep_best"
     try:
         if cell["notebook"]:
@@ -4211,10 +4216,10 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
                       **{name: cell[name] for name in names})
     except Exception as error:  # one bad cell never stops the rest
         kind = getattr(error, "ename", type(error).__name__)  # papermill names the notebook's own
-        return kind, f"{kind}: {getattr(error, 'evalue', error)}"
+        return None if kind == "BusyError" else f"{kind}: {getattr(error, 'evalue', error)}"
     finally:
         _one_at_a_time.release()
-    return "", ""
+    return ""
 
 
 def _workers(executor: Executor | None, n: int) -> list[dict[str, Any]]:
@@ -4246,23 +4251,23 @@ def _work_off(
                 i, worker = waiting.popleft(), free.pop()
                 here = {"device": worker["device"]} if cells[i]["device"] == "auto" else {}
                 submit = worker["pool"].submit if worker["pool"] else _call
-                future = submit(_run_cell, {**cells[i], **here}, time.time_ns())
+                future = submit(_run_cell, {**cells[i], **here})
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
             i, worker = running.pop(future := ended.get())
             try:
-                kind, error = future.result()
+                error = future.result()
             except BrokenExecutor:
                 if "new" not in worker:
                     raise BrokenExecutor("A worker of the given executor died and broke it. Call "
                                          "run_study again; workers=n replaces those that die.")
                 worker["pool"], deaths[i] = worker["new"](), deaths[i] + 1
-                kind = "BusyError" if deaths[i] < ATTEMPTS else "died"
-                error = f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?"
+                error = None if deaths[i] < ATTEMPTS else (
+                    f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?")
             except Exception as problem:  # of the executor, such as Dask's KilledWorker
-                kind, error = "", f"{type(problem).__name__}: {problem}"
+                error = f"{type(problem).__name__}: {problem}"
             free.append(worker)
-            if kind == "BusyError":
+            if error is None:
                 busy.append(i)
             else:
                 yield i, error

@@ -92,7 +92,7 @@ def install(put=setattr) -> None:
         put(medssl, name, value)
 
 
-def run_cell(cell, moment=0):
+def run_cell(cell):
     """Stands in for the module's `_run_cell`."""
     if medssl.add_head is not add_head:  # in a worker
         install()
