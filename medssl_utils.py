@@ -82,7 +82,7 @@ __all__ = [
     # Study
     "plan_study", "run_study",
     # Figures
-    "with_alt", "plot_images", "plot_history", "plot_confusion", "plot_label_fractions",
+    "with_alt", "plot_images", "plot_history", "plot_confusion",
     # Demo
     "write_demo_checkpoint", "demo_data",
 ]
@@ -4422,39 +4422,6 @@ def plot_confusion(run: Run) -> Figure:
     said = ", ".join(f"{count} {names[true]} called {names[called]}"
                      for (true, called), count in sorted(pairs.items()))
     return with_alt(figure, f"Confusion matrix of {len(labels)} test images: {said}.")
-
-
-def plot_label_fractions(table: pd.DataFrame) -> Figure:
-    """Draw a test score over the label fraction, a line a method: mean, interval, every seed.
-
-    Args:
-        table: from `compare_methods`, rows of one data set.
-    """
-    facts, n_test = table.attrs, table["n_test"].iloc[0]
-    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    spread = np.linspace(0.96, 1.04, table["method"].nunique())
-    for nudge, (method, rows) in zip(spread, table.groupby("method", sort=False)):
-        x, color = rows["label_fraction"] * nudge, METHOD_COLORS.get(method)
-        axis.errorbar(x, rows["mean"], (rows["mean"] - rows["low"], rows["high"] - rows["mean"]),
-                      fmt="-o", color=color, label=method, lw=1.2, ms=4, capsize=2)
-        single = rows.assign(x=x)[["x", "values"]].explode("values").astype(float)
-        axis.plot(single["x"], single["values"], "_", color=color, alpha=0.6, ms=9)
-    fractions = sorted(table["label_fraction"].unique())
-    axis.set_xscale("log")
-    axis.set_xticks(fractions, [f"{f:g}" for f in fractions])
-    axis.minorticks_off()
-    axis.set(xlabel="share of the training labels", ylabel=f"test {facts['metric']}")
-    axis.legend(fontsize=8, ncols=2)
-    low, high = table["n"].min(), table["n"].max()
-    seeds = f"{low}" if low == high else f"{low} to {high}"
-    unit = "patients" if facts["per"] == "patient" else "test patients or images"
-    axis.set_title(_titled(
-        f"{table['dataset'].iloc[0]}: mean of {seeds} seeds, dashes are seeds, {n_test} {unit}\n"
-        f"{facts['level']:.0%} interval for a {facts['estimand']}", facts["stamp"]), fontsize=9)
-    said = [f"{row.method} {row.mean:.3f} with {row.label_fraction:g} of the labels"
-            for row in table.itertuples()]
-    title = " ".join(axis.get_title().split())
-    return with_alt(figure, f"{title}. Mean test {facts['metric']}: {', '.join(said)}.")
 
 
 def _titled(text: str, stamp: str) -> str:
