@@ -4101,20 +4101,14 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _time_steps(cell: Mapping[str, Any]) -> float:
-    """Return a cell's seconds per training image, timed on a batch of its images."""
+def _time_steps(cell: Mapping[str, Any], steps: int = 1) -> float:
+    """Return the median seconds per image of a few passes of `steps`, the first left out."""
     config, data = _cell_data(cell)
-    batch = replace(data, train=data.train.take(np.arange(len(data.train))[:config.batch_size]))
-    return time_training(config, batch, cell["device"])
-
-
-def time_training(config: FineTuneConfig, data: DataSplits, device: str = "auto") -> float:
-    """Return the median seconds per image of a few passes over the training images, the first
-    left out. bench/study.py measures devices by it."""
-    times, where = [], pick_device(device)
+    device, times = pick_device(cell["device"]), []
     net = add_head(load_backbone("random")[0], len(data.class_names), 0)
-    net = net.to(where, memory_format=torch.channels_last)
-    images, labels = (torch.as_tensor(a).to(where) for a in (data.train.images, data.train.labels))
+    net = net.to(device, memory_format=torch.channels_last)
+    images, labels = (torch.as_tensor(a[:steps * config.batch_size]).to(device)
+                      for a in (data.train.images, data.train.labels))
     optimizer, prep = make_optimizer(net, config), preprocessing_for(config, data, "random")
     while len(times) < 2 or sum(times) < 0.3:
         began = time.perf_counter()
@@ -4373,7 +4367,7 @@ def plot_history(run: Run) -> Figure:
     rows, config = run.history, run.config
     if "lr_candidate" in rows:
         rows = rows[rows["lr_candidate"] == run.metrics["lr"]]
-    title = _titled(f"{config['method']} on {config['dataset']}", run.stamp)
+    title = f"{run.stamp}: {config['method']} on {config['dataset']}".lstrip(": ")
     return _draw_history(rows, title, run.metrics["best_epoch"])
 
 
@@ -4417,16 +4411,11 @@ def plot_confusion(run: Run) -> Figure:
         labels, run.predictions["scores"].argmax(1), labels=range(len(names)),
         display_labels=names, cmap="Blues", colorbar=False, ax=axis, xticks_rotation="vertical")
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(_titled(f"{len(labels)} test images", run.stamp), fontsize=10)
+    axis.set_title(f"{run.stamp}: {len(labels)} test images".lstrip(": "), fontsize=10)
     pairs = Counter(zip(labels.tolist(), run.predictions["scores"].argmax(1).tolist()))
     said = ", ".join(f"{count} {names[true]} called {names[called]}"
                      for (true, called), count in sorted(pairs.items()))
     return with_alt(figure, f"Confusion matrix of {len(labels)} test images: {said}.")
-
-
-def _titled(text: str, stamp: str) -> str:
-    """Put DEMO or SHORT before a title, so that a figure never travels without it."""
-    return f"{stamp}: {text}" if stamp else text
 
 
 # =============================================================================
