@@ -90,8 +90,8 @@ def print_runs(warm: list[int], cold: list[int]) -> float:
             outside |= {n: total - own} if run is run_warm else {}
             print(f"| {n} | {name} | {total:.1f} | {total / n:.2f} | {(total - own) / n:.2f} |",
                   flush=True)
-    few, many = sorted(outside)[-2:]  # what the first run pays for imports is in both
-    return (outside[many] - outside[few]) / (many - few)
+    few, many = sorted(outside)[-2:]  # not the first row: it pays for what is imported late
+    return max(0.0, outside[many] - outside[few]) / (many - few)
 
 
 # =============================================================================
