@@ -82,7 +82,7 @@ __all__ = [
     # Study
     "plan_study", "run_study",
     # Figures
-    "with_alt", "plot_images", "plot_history", "plot_confusion", "plot_label_fractions",
+    "with_alt", "plot_images", "plot_history", "plot_confusion",
     # Demo
     "write_demo_checkpoint", "demo_data",
 ]
@@ -3985,13 +3985,13 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _time_steps(cell: Mapping[str, Any]) -> float:
-    """Return the median seconds per image of a few training steps, the first left out."""
+def _time_steps(cell: Mapping[str, Any], steps: int = 1) -> float:
+    """Return the median seconds per image of a few passes of `steps`, the first left out."""
     config, data = _cell_data(cell)
     device, times = pick_device(cell["device"]), []
     net = add_head(load_backbone("random")[0], len(data.class_names), 0)
     net = net.to(device, memory_format=torch.channels_last)
-    images, labels = (torch.as_tensor(a[:config.batch_size]).to(device)
+    images, labels = (torch.as_tensor(a[:steps * config.batch_size]).to(device)
                       for a in (data.train.images, data.train.labels))
     optimizer, prep = make_optimizer(net, config), preprocessing_for(config, data, "random")
     while len(times) < 2 or sum(times) < 0.3:
@@ -4079,12 +4079,11 @@ def _run_in_notebook(cell: Mapping[str, Any]) -> None:
     load_run(folder)  # raises if the run isn't done, whatever the notebook says
 
 
-def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
-    """Run one cell in this process; return the kind of its error and what it says, "" if none.
-    `moment` makes each call another one, for executors that remember results."""
+def _run_cell(cell: Mapping[str, Any]) -> str | None:
+    """Run one cell in this process; return "", why it failed, or None: another process is at it."""
     if not _one_at_a_time.acquire(blocking=False):
-        return "threads", ("Two runs at once in one process would share random state. Give every "
-                           "worker one thread (Dask: threads_per_worker=1).")
+        return ("Two runs at once in one process would share random state. Give every worker one "
+                "thread (Dask: threads_per_worker=1).")
     names = "label_fraction", "seed", "study", "runs_dir", "device", "keep_best"
     try:
         if cell["notebook"]:
@@ -4095,10 +4094,10 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> tuple[str, str]:
                       **{name: cell[name] for name in names})
     except Exception as error:  # one bad cell never stops the rest
         kind = getattr(error, "ename", type(error).__name__)  # papermill names the notebook's own
-        return kind, f"{kind}: {getattr(error, 'evalue', error)}"
+        return None if kind == "BusyError" else f"{kind}: {getattr(error, 'evalue', error)}"
     finally:
         _one_at_a_time.release()
-    return "", ""
+    return ""
 
 
 def _workers(executor: Executor | None, n: int) -> list[dict[str, Any]]:
@@ -4130,23 +4129,23 @@ def _work_off(
                 i, worker = waiting.popleft(), free.pop()
                 here = {"device": worker["device"]} if cells[i]["device"] == "auto" else {}
                 submit = worker["pool"].submit if worker["pool"] else _call
-                future = submit(_run_cell, {**cells[i], **here}, time.time_ns())
+                future = submit(_run_cell, {**cells[i], **here})
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
             i, worker = running.pop(future := ended.get())
             try:
-                kind, error = future.result()
+                error = future.result()
             except BrokenExecutor:
                 if "new" not in worker:
                     raise BrokenExecutor("A worker of the given executor died and broke it. Call "
                                          "run_study again; workers=n replaces those that die.")
                 worker["pool"], deaths[i] = worker["new"](), deaths[i] + 1
-                kind = "BusyError" if deaths[i] < ATTEMPTS else "died"
-                error = f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?"
+                error = None if deaths[i] < ATTEMPTS else (
+                    f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?")
             except Exception as problem:  # of the executor, such as Dask's KilledWorker
-                kind, error = "", f"{type(problem).__name__}: {problem}"
+                error = f"{type(problem).__name__}: {problem}"
             free.append(worker)
-            if kind == "BusyError":
+            if error is None:
                 busy.append(i)
             else:
                 yield i, error
@@ -4252,7 +4251,7 @@ def plot_history(run: Run) -> Figure:
     rows, config = run.history, run.config
     if "lr_candidate" in rows:
         rows = rows[rows["lr_candidate"] == run.metrics["lr"]]
-    title = _titled(f"{config['method']} on {config['dataset']}", run.stamp)
+    title = f"{run.stamp}: {config['method']} on {config['dataset']}".lstrip(": ")
     return _draw_history(rows, title, run.metrics["best_epoch"])
 
 
@@ -4296,49 +4295,11 @@ def plot_confusion(run: Run) -> Figure:
         labels, run.predictions["scores"].argmax(1), labels=range(len(names)),
         display_labels=names, cmap="Blues", colorbar=False, ax=axis, xticks_rotation="vertical")
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(_titled(f"{len(labels)} test images", run.stamp), fontsize=10)
+    axis.set_title(f"{run.stamp}: {len(labels)} test images".lstrip(": "), fontsize=10)
     pairs = Counter(zip(labels.tolist(), run.predictions["scores"].argmax(1).tolist()))
     said = ", ".join(f"{count} {names[true]} called {names[called]}"
                      for (true, called), count in sorted(pairs.items()))
     return with_alt(figure, f"Confusion matrix of {len(labels)} test images: {said}.")
-
-
-def plot_label_fractions(table: pd.DataFrame) -> Figure:
-    """Draw a test score over the label fraction, a line a method: mean, interval, every seed.
-
-    Args:
-        table: from `compare_methods`, rows of one data set.
-    """
-    facts, n_test = table.attrs, table["n_test"].iloc[0]
-    figure, axis = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    spread = np.linspace(0.96, 1.04, table["method"].nunique())
-    for nudge, (method, rows) in zip(spread, table.groupby("method", sort=False)):
-        x, color = rows["label_fraction"] * nudge, METHOD_COLORS.get(method)
-        axis.errorbar(x, rows["mean"], (rows["mean"] - rows["low"], rows["high"] - rows["mean"]),
-                      fmt="-o", color=color, label=method, lw=1.2, ms=4, capsize=2)
-        single = rows.assign(x=x)[["x", "values"]].explode("values").astype(float)
-        axis.plot(single["x"], single["values"], "_", color=color, alpha=0.6, ms=9)
-    fractions = sorted(table["label_fraction"].unique())
-    axis.set_xscale("log")
-    axis.set_xticks(fractions, [f"{f:g}" for f in fractions])
-    axis.minorticks_off()
-    axis.set(xlabel="share of the training labels", ylabel=f"test {facts['metric']}")
-    axis.legend(fontsize=8, ncols=2)
-    low, high = table["n"].min(), table["n"].max()
-    seeds = f"{low}" if low == high else f"{low} to {high}"
-    unit = "patients" if facts["per"] == "patient" else "test patients or images"
-    axis.set_title(_titled(
-        f"{table['dataset'].iloc[0]}: mean of {seeds} seeds, dashes are seeds, {n_test} {unit}\n"
-        f"{facts['level']:.0%} interval for a {facts['estimand']}", facts["stamp"]), fontsize=9)
-    said = [f"{row.method} {row.mean:.3f} with {row.label_fraction:g} of the labels"
-            for row in table.itertuples()]
-    title = " ".join(axis.get_title().split())
-    return with_alt(figure, f"{title}. Mean test {facts['metric']}: {', '.join(said)}.")
-
-
-def _titled(text: str, stamp: str) -> str:
-    """Put DEMO or SHORT before a title, so that a figure never travels without it."""
-    return f"{stamp}: {text}" if stamp else text
 
 
 # =============================================================================
@@ -4348,40 +4309,30 @@ def _titled(text: str, stamp: str) -> str:
 STAND_IN_MARK = "medssl_stand_in"  # a key of the wrapper that no published file has
 
 
-def write_demo_checkpoint(
-    method: str, folder: str | Path, *, seed: int = 0, variant: str = "published",
-) -> Path:
+def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> Path:
     """Write a stand-in: a checkpoint with random weights in the layout of a method's file.
 
     Names, dtypes, wrapper keys and backbone shapes are those that the authors' code writes;
-    auxiliary tensors are small. A mark in the wrapper keeps it from passing as published.
+    auxiliary tensors are small. A mark in the wrapper keeps it from passing as published. MoCo's
+    has the MLP head, on which the authors' README snippet runs.
 
     Args:
         method: BYOL, SwAV, MoCo or SparK.
         folder: where to write; the file gets the published one's name.
         seed: of the random numbers, which differ between methods anyway.
-        variant: "published"; for MoCo also "linear head" and "no head" ("published" has the MLP
-            head, on which the authors' README snippet runs), for SparK "still pre-training".
+
     Returns:
         The path.
     """
     check_choice(method, METHODS, "method")
-    others = {"MoCo": ("linear head", "no head"), "SparK": ("still pre-training",)}
-    check_choice(variant, ("published", *others.get(method, ())), f"variant of {method}")
     backbone = _demo_backbone(torch.Generator().manual_seed(len(METHODS) * seed
                                                             + METHODS.index(method)))
-    state: dict[str, Any] = OrderedDict()
-    for prefix, part in _demo_parts(method, variant):
-        if part == "backbone":
-            state |= {prefix + name: tensor for name, tensor in backbone.items()}
-        elif part == "second backbone":
-            state |= {prefix + name: torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype)
-                      for name, tensor in backbone.items()}
-        elif isinstance(part, nn.Module):
-            state |= {prefix + name: tensor for name, tensor in part.state_dict().items()}
-        else:
-            state[prefix] = part
-    wrapper = _demo_wrapper(method, variant, state)
+    second = {name: torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype)
+              for name, tensor in backbone.items()}
+    state = OrderedDict((prefix + name, tensor)
+                        for prefix, part in _demo_parts(method, backbone, second)
+                        for name, tensor in part.items())
+    wrapper = _demo_wrapper(method, state)
     wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
     path = Path(folder) / CHECKPOINTS[method].filename
     with _atomic(path) as temporary, open(temporary, "wb") as file:
@@ -4403,56 +4354,36 @@ def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
     return state
 
 
-def _demo_parts(method: str, variant: str) -> list[tuple[str, Any]]:
-    """What stands in a method's state_dict, in order: (prefix or key, part)."""
+def _demo_parts(
+    method: str, backbone: dict[str, torch.Tensor], second: dict[str, torch.Tensor],
+) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    """What stands in a method's state_dict, in order: (prefix, tensors)."""
     mlp = nn.Sequential(nn.Linear(2, 2, bias=method == "SwAV"), nn.BatchNorm1d(2), nn.ReLU(),
-                        nn.Linear(2, 2))
+                        nn.Linear(2, 2)).state_dict()
     if method == "BYOL":
-        return [part for network, encoder in (("online", "backbone"), ("target", "second backbone"))
+        return [part for network, encoder in (("online", backbone), ("target", second))
                 for part in ((f"{network}_network.encoder.", encoder),
                              (f"{network}_network.projector.model.", mlp),
                              (f"{network}_network.predictor.model.", mlp))]
     if method == "SwAV":
-        return [("model.", "backbone"), ("model.projection_head.", mlp),
-                ("model.prototypes.", nn.Linear(2, 2, bias=False))]
-    if method == "MoCo":  # the linear head in its real shape, on which the authors' snippet raises
-        head = {"published": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)),
-                "linear head": nn.Linear(2048, 128), "no head": nn.Identity()}[variant]
-        queues = [(f"{name}queue{end}", torch.zeros((1,) if end else (2, 2),
-                                                    dtype=torch.int64 if end else torch.float32))
-                  for name in ("", "val_") for end in ("", "_ptr")]
-        return [*queues, ("encoder_q.", "backbone"), ("encoder_q.fc.", head),
-                ("encoder_k.", "second backbone"), ("encoder_k.fc.", head)]
-    return [("", "backbone")] if variant == "published" else _demo_still_pretraining()
+        return [("model.", backbone), ("model.projection_head.", mlp),
+                ("model.prototypes.", {"weight": torch.zeros(2, 2)})]
+    if method == "MoCo":
+        head = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).state_dict()
+        queue = {"queue": torch.zeros(2, 2), "queue_ptr": torch.zeros(1, dtype=torch.int64)}
+        return [("", queue), ("val_", queue), ("encoder_q.", backbone), ("encoder_q.fc.", head),
+                ("encoder_k.", second), ("encoder_k.fc.", head)]
+    return [("", backbone)]
 
 
-def _demo_still_pretraining() -> list[tuple[str, Any]]:
-    """What stands in SparK's `..._still_pretraining.pth`: buffers, encoder, decoder, settings."""
-    one = torch.zeros(1, 1, 1, 1)
-    convs = nn.Sequential(nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1), nn.ReLU6(),
-                          nn.Conv2d(1, 1, 3, bias=False), nn.BatchNorm2d(1))
-    decoder = [(f"dense_decoder.dec.{i}.{name}", part) for i in range(5) for name, part in (
-        ("up_sample.", nn.ConvTranspose2d(1, 1, 4)), ("conv.", convs))]
-    return [("imn_m", one), ("imn_s", one), ("norm_black", one),
-            ("sparse_encoder.sp_cnn.", "backbone"), *decoder,
-            ("dense_decoder.proj.", nn.Conv2d(1, 1, 1)),
-            *((f"densify_norms.{i}.", nn.BatchNorm2d(1)) for i in range(4)),
-            *((f"densify_projs.{i}.", nn.Conv2d(1, 1, 1)) for i in range(4)),
-            *((f"mask_tokens.{i}", one) for i in range(4)),
-            ("config", {"mask_ratio": 0.6, "hierarchy": 4})]
-
-
-def _demo_wrapper(method: str, variant: str, state: dict[str, Any]) -> dict[str, Any]:
+def _demo_wrapper(method: str, state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The dictionary around a state_dict, as Lightning 1.6 and SparK's code write it."""
-    if method != "SparK":
-        mixed = {"NativeMixedPrecisionPlugin": {}} if method == "SwAV" else {}
-        return {"epoch": 1, "global_step": 1, "pytorch-lightning_version": "1.6.5",
-                "state_dict": state, "loops": {}, "callbacks": {}, "optimizer_states": [],
-                "lr_schedulers": [], **mixed, "hparams_name": "kwargs", "hyper_parameters": {}}
-    if variant == "published":
+    if method == "SparK":
         return {"arch": "resnet50", "module": state, "is_pretrain": True}
-    return {"args": "", "arch": "resnet50", "epoch": 1, "performance_desc": "", "module": state,
-            "optimizer": {}, "is_pretrain": True}
+    mixed = {"NativeMixedPrecisionPlugin": {}} if method == "SwAV" else {}
+    return {"epoch": 1, "global_step": 1, "pytorch-lightning_version": "1.6.5",
+            "state_dict": state, "loops": {}, "callbacks": {}, "optimizer_states": [],
+            "lr_schedulers": [], **mixed, "hparams_name": "kwargs", "hyper_parameters": {}}
 
 
 SLICES_PER_PATIENT = 2
@@ -4465,7 +4396,7 @@ def demo_data(
 
     Each patient has two neighbouring slices and stays in one split; classes are balanced. Window
     level, lung density, body shape, vessels and noise vary from patient to patient. Brightness
-    hints at the class (AUC of the mean about .61, of the best percentile .79); to score above
+    hints at the class (AUC of the mean about .63, of the best percentile .78); to score above
     that, a network has to see the patches.
 
     Args:
@@ -4510,139 +4441,90 @@ def _phantom_patient(rng: np.random.Generator) -> dict[str, Any]:
     return {
         "patches": patches, "opacity": rng.uniform(120, 160),
         "width": rng.uniform(0.74, 0.95), "height": rng.uniform(0.54, 0.76),
-        "fat": rng.uniform(0.03, 0.15), "shift": rng.normal(0, 0.025, 2),
-        "level": rng.uniform(0.90, 1.10), "z": rng.uniform(-0.6, 0.6),
-        "air": rng.uniform(0.82, 1.06), "heart": rng.uniform(0.20, 0.40),
-        "hilum": rng.uniform(-0.06, 0.08), "lung": rng.uniform(30, 60),
-        "gravity": rng.uniform(5, 40), "tissue": rng.uniform(140, 170),
-        "bone": rng.uniform(225, 255), "noise": rng.uniform(3, 6.5),
+        "fat": rng.uniform(0.03, 0.15), "level": rng.uniform(0.90, 1.10),
+        "z": rng.uniform(-0.6, 0.6), "air": rng.uniform(0.82, 1.06),
+        "heart": rng.uniform(0.20, 0.40), "lung": rng.uniform(35, 80),
+        "tissue": rng.uniform(140, 170), "bone": rng.uniform(225, 255),
+        "noise": rng.uniform(3, 6.5),
     }
 
 
 def _phantom_slice(body: Mapping[str, Any], number: int, ill: bool, rng: np.random.Generator,
                    size: int) -> np.ndarray:
-    """Draw one slice, (size, size) uint8, from outside in."""
-    z = body["z"] + 0.12 * number                                    # further down: more heart
-    axis = (np.arange(size, dtype=np.float32) + 0.5) / size * 2 - 1
-    x, y = np.meshgrid(axis - body["shift"][0], axis - body["shift"][1])
-    w, h, tissue = body["width"], body["height"], body["tissue"]
-    table = _ellipse(x, y, 0, h + 1.25, 2.2, 1.2) * (1 - _ellipse(x, y, 0, h + 1.29, 2.2, 1.2))
-    image = 4 + 60 * table
-
-    def paint(mask: np.ndarray, value: float | np.ndarray) -> None:
-        image[:] = image * (1 - mask) + value * mask
-
-    paint(_ellipse(x, y, 0, 0, w, h, 2.3), tissue * 0.78)            # skin and fat
-    w, h = w - body["fat"], h - body["fat"] * 0.8
-    paint(_ellipse(x, y, 0, 0, w, h, 2.2), tissue)                   # muscle
-    _paint_bones(paint, x, y, w, h, body["bone"], rng)
-    lungs = _phantom_lungs(x, y, w, h, z, body)
-    density = body["lung"] + 4 * _smooth_noise(rng, size, 0.05)
-    density += body["gravity"] * np.clip(y / h, 0, 1) ** 2
-    density = np.maximum(density, _phantom_vessels(body, rng, size))
-    haze = _phantom_haze(x, y, w, h, body, number, rng, size)
-    density += haze if ill else 0.25 * (haze * lungs).sum() / lungs.sum()
-    paint(lungs, np.minimum(density, tissue * 1.02))
-    for cx in [0.0] if z < -0.25 else [-0.07, 0.07] if z < 0.1 else []:
-        paint(_ellipse(x, y, cx, -0.02, 0.045, 0.05), 12.0)          # trachea or main bronchi
-    paint(_ellipse(x, y, 0.11, 0.42 * h, 0.06, 0.06), tissue * 1.06)  # aorta
-    return _phantom_scanner(image, y, body, rng)
-
-
-def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: float,
-             power: float = 2.0, edge: float = 0.03) -> np.ndarray:
-    """Return a mask in [0, 1], (H, W), of a superellipse whose border is an `edge`-wide ramp."""
-    r = (np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power)
-    return np.clip(0.5 - (r - 1) * (min(rx, ry) / edge), 0, 1)
-
-
-def _smooth_noise(rng: np.random.Generator, size: int, scale: float) -> np.ndarray:
-    """Return smooth noise (size, size), mean 0, sd 1; `scale` is its grain as share of the side."""
+    """Draw one slice, (size, size) uint8: the chest, what fills the lungs, what a scanner adds."""
     from scipy.ndimage import gaussian_filter
 
-    noise = rng.standard_normal((size, size), np.float32)
-    noise = gaussian_filter(noise, scale * size, mode="wrap")
-    return (noise - noise.mean()) / noise.std()
+    def noise(grain: float) -> np.ndarray:  # sd 1; the grain as share of the side
+        smooth = gaussian_filter(rng.standard_normal((size, size), np.float32), grain * size)
+        return smooth / smooth.std()
+
+    fine = [Image.new("F", (4 * size, 4 * size), grey) for grey in (4, 0, body["lung"], 0)]
+    chest, lungs, inside, patches = (ImageDraw.Draw(image) for image in fine)
+    _draw_chest(chest, lungs, body, body["z"] + 0.12 * number, rng, size)
+    _draw_vessels(inside, body["tissue"], rng, size)
+    for side, angle, depth, radius in body["patches"]:               # under the pleura
+        x = side * (0.50 + 0.33 * depth * math.cos(angle)) * (body["width"] - body["fat"])
+        y, radius = 0.62 * body["height"] * depth * math.sin(angle), radius * (1 + 0.12 * number)
+        patches.ellipse(_box(size, x, y, 1.1 * radius, 0.9 * radius), body["opacity"])
+    chest, lungs, inside, patches = (np.asarray(image.reduce(4)) for image in fine)
+    haze = gaussian_filter(patches, 0.015 * size)
+    haze *= (1 + 0.2 * noise(0.05) + 0.55 * noise(0.012)).clip(0, 2)
+    inside = inside + (haze if ill else 0.3 * (haze * lungs).sum() / lungs.sum())  # as a veil
+    image = chest * (1 - lungs) + inside.clip(0, 1.02 * body["tissue"]) * lungs
+    image = gaussian_filter(image, 0.007 * size) + body["noise"] * noise(0.5 / size)
+    return (image * body["level"] + rng.normal(0, 2)).clip(0, 255).astype(np.uint8)
 
 
-def _phantom_lungs(x: np.ndarray, y: np.ndarray, w: float, h: float, z: float,
-                   body: Mapping[str, Any]) -> np.ndarray:
-    """Return the mask of both lungs: two ovals less mediastinum, heart and spine."""
-    grow = body["air"] * (1 - 0.1 * z * z)
-    mask = np.maximum(*(_ellipse(x, y, side * 0.5 * w, 0, 0.37 * w * grow, 0.76 * h * grow, 2.4)
-                        for side in (-1, 1)))
+def _box(size: int, x: float, y: float, rx: float, ry: float) -> list[float]:
+    """Return the box of an oval, in pixels of a drawing four times as fine as the image."""
+    return [2 * size * (1 + v) for v in (x - rx, y - ry, x + rx, y + ry)]
+
+
+def _draw_chest(chest: ImageDraw.ImageDraw, lungs: ImageDraw.ImageDraw, body: Mapping[str, Any],
+                z: float, rng: np.random.Generator, size: int) -> None:
+    """Draw a chest without its lungs, from outside in, and the mask of the lungs."""
+    w, h, tissue, bone = (body[name] for name in ("width", "height", "tissue", "bone"))
+    chest.arc(_box(size, 0, h + 1.25, 2.2, 1.2), 180, 360, 64, size // 12)           # the table
+    chest.ellipse(_box(size, 0, 0, w, h), 0.78 * tissue)             # skin and fat
+    w, h = w - body["fat"], h - 0.8 * body["fat"]
+    chest.ellipse(_box(size, 0, 0, w, h), tissue)                    # muscle
+    for middle in [*np.linspace(-65, 65, 6), *np.linspace(115, 245, 6)] + rng.normal(0, 5, 12):
+        reach = rng.uniform(4, 9)                                    # ribs, in degrees
+        chest.arc(_box(size, 0, 0, 0.955 * w, 0.925 * h), middle - reach, middle + reach, bone,
+                  size // 9)
+    chest.ellipse(_box(size, 0, -0.9 * h, 0.1, 0.03), 0.9 * bone)    # sternum
+    chest.ellipse(_box(size, 0, 0.62 * h, 0.115, 0.1), 0.88 * bone)  # vertebra
+    chest.ellipse(_box(size, 0, 0.62 * h + 0.09, 0.22, 0.03), 0.92 * bone)
+    chest.ellipse(_box(size, 0, 0.62 * h + 0.15, 0.025, 0.07), 0.95 * bone)
+    chest.ellipse(_box(size, 0, 0.62 * h + 0.095, 0.038, 0.034), 150)
+    chest.ellipse(_box(size, 0.11, 0.42 * h, 0.06, 0.06), 1.06 * tissue)             # aorta
+    for x in [0] if z < -0.25 else [-0.07, 0.07] if z < 0.1 else []:  # trachea or main bronchi
+        chest.ellipse(_box(size, x, -0.02, 0.045, 0.05), 12)
+    for side in (-1, 1):
+        lungs.ellipse(_box(size, side * 0.5 * w, 0, 0.385 * w * body["air"],
+                           0.79 * h * body["air"]), 1)
     heart = body["heart"] * np.clip(0.75 + 0.5 * z, 0.45, 1.05)
-    mask = mask * (1 - _ellipse(x, y, 0.10, -0.22 * h, heart * 1.1, heart * 0.9))
-    mask *= 1 - _ellipse(x, y, 0, -0.05, 0.15, 0.35)
-    return mask * (1 - _ellipse(x, y, 0, 0.65 * h, 0.17, 0.17))
+    lungs.ellipse(_box(size, 0.1, -0.22 * h, 1.1 * heart, 0.9 * heart), 0)
+    lungs.ellipse(_box(size, 0, -0.05, 0.15, 0.35), 0)               # mediastinum
+    lungs.ellipse(_box(size, 0, 0.65 * h, 0.17, 0.17), 0)            # spine
 
 
-def _paint_bones(paint: Callable, x: np.ndarray, y: np.ndarray, w: float, h: float, bone: float,
-                 rng: np.random.Generator) -> None:
-    """Paint vertebra, sternum and the cut ribs along the chest wall."""
-    cy = 0.62 * h
-    paint(_ellipse(x, y, 0, cy, 0.115, 0.10), bone * 0.88)           # body of the vertebra
-    for side in (-1, 1):
-        paint(_ellipse(x, y, side * 0.13, cy + 0.09, 0.09, 0.03), bone * 0.92)
-    paint(_ellipse(x, y, 0, cy + 0.15, 0.025, 0.07), bone * 0.95)    # spinous process
-    paint(_ellipse(x, y, 0, cy + 0.095, 0.038, 0.034), 150.0)        # spinal canal
-    paint(_ellipse(x, y, 0, -0.90 * h, 0.10, 0.03), bone * 0.9)      # sternum
-    for side in (-1, 1):
-        for angle in np.linspace(-1.15, 1.15, 6) + rng.normal(0, 0.08, 6):
-            cx, cy = side * 0.925 * w * math.cos(angle), 0.895 * h * math.sin(angle)
-            along = math.atan2(h * math.cos(angle), -side * w * math.sin(angle))
-            u = (x - cx) * math.cos(along) + (y - cy) * math.sin(along)
-            v = (y - cy) * math.cos(along) - (x - cx) * math.sin(along)
-            paint(_ellipse(u, v, 0, 0, rng.uniform(0.06, 0.13), 0.028), bone)
-
-
-def _phantom_vessels(body: Mapping[str, Any], rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return the brightness (size, size) of branching vessels; some are cut to round dots."""
-    fine = Image.new("L", (4 * size, 4 * size))
-    draw = ImageDraw.Draw(fine)
-
-    def tube(x0: float, y0: float, dx: float, dy: float, width: float, share: float) -> None:
-        x0, y0 = x0 + 1 + body["shift"][0], y0 + 1 + body["shift"][1]
-        ends = [2 * size * v for v in (x0, y0, x0 + dx, y0 + dy)]
-        draw.line(ends, int(body["tissue"] * share), max(1, round(2 * size * width)))
-
-    for side in (-1, 1):
-        for angle in np.linspace(-1.25, 1.25, 6) + rng.normal(0, 0.15, 6):
-            length, share = rng.uniform(0.22, 0.40), rng.uniform(0.6, 0.95)
-            dx, dy = side * length * math.cos(angle), length * math.sin(angle)
+def _draw_vessels(draw: ImageDraw.ImageDraw, tissue: float, rng: np.random.Generator,
+                  size: int) -> None:
+    """Draw vessels that fork on their way outwards, and round ones that are cut across."""
+    def branch(x: float, y: float, angle: float, length: float, width: float, grey: float) -> None:
+        ends = x, y, x + length * math.cos(angle), y + length * math.sin(angle)
+        if width > 0.015:
             for fork in (-0.45, 0.45):
-                turn, reach = angle + fork + rng.normal(0, 0.15), length * rng.uniform(0.3, 0.6)
-                tube(side * 0.2 + dx, body["hilum"] + dy, side * reach * math.cos(turn),
-                     reach * math.sin(turn), 0.022, share * 0.7)
-            tube(side * 0.2, body["hilum"], dx, dy, 0.038, share)
+                branch(*ends[2:], angle + fork + rng.normal(0, 0.15),
+                       length * rng.uniform(0.4, 0.7), 0.6 * width, 0.75 * grey)
+        draw.line([2 * size * (1 + v) for v in ends], grey, round(2 * size * width))
+
+    for outwards in (0, math.pi):
+        for angle in outwards + np.linspace(-1.25, 1.25, 6) + rng.normal(0, 0.15, 6):
+            branch(0.2 * math.cos(outwards), 0, angle, rng.uniform(0.22, 0.4), 0.038,
+                   tissue * rng.uniform(0.6, 0.95))
         for _ in range(rng.integers(3, 7)):
-            width = rng.uniform(0.04, 0.08)
-            tube(side * rng.uniform(0.25, 0.7), rng.uniform(-0.4, 0.4), width, 0, width,
-                 rng.uniform(0.5, 0.9))
-    return np.asarray(fine.reduce(4), np.float32)
-
-
-def _phantom_haze(x: np.ndarray, y: np.ndarray, w: float, h: float, body: Mapping[str, Any],
-                  number: int, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return what the opacities add to the lungs: ragged, speckled patches under the pleura."""
-    haze = np.zeros_like(x)
-    for side, angle, depth, radius in body["patches"]:
-        cx = side * (0.50 + 0.33 * depth * math.cos(angle)) * w
-        cy, radius = 0.66 * h * depth * math.sin(angle), radius * (1 + 0.12 * number)
-        haze = np.maximum(haze, _ellipse(x, y, cx, cy, radius * 1.1, radius * 0.9, 2.0, 0.09))
-    grain = 0.2 * _smooth_noise(rng, size, 0.05) + 0.55 * _smooth_noise(rng, size, 0.012)
-    return body["opacity"] * np.clip(haze * (1 + grain), 0, 2)
-
-
-def _phantom_scanner(image: np.ndarray, y: np.ndarray, body: Mapping[str, Any],
-                     rng: np.random.Generator) -> np.ndarray:
-    """Add what the scanner adds, streaks, blur, noise and window level; return uint8."""
-    from scipy.ndimage import gaussian_filter
-
-    size = len(image)
-    rows = gaussian_filter(rng.standard_normal(size), 0.012 * size) * rng.uniform(0, 14)
-    image = image + rows[:, None] * np.exp(-((y - rng.uniform(-0.2, 0.3)) / 0.25) ** 2)
-    image = gaussian_filter(image, 0.45 * size / 64)
-    noise = gaussian_filter(rng.standard_normal(image.shape, np.float32), 0.5)
-    image = (image + 1.9 * body["noise"] * noise) * body["level"] + rng.normal(0, 2)
-    return np.clip(image, 0, 255).astype(np.uint8)
+            x, radius = rng.uniform(0.25, 0.7) * math.cos(outwards), rng.uniform(0.02, 0.04)
+            draw.ellipse(_box(size, x, rng.uniform(-0.4, 0.4), radius, radius),
+                         tissue * rng.uniform(0.5, 0.9))

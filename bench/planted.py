@@ -6,7 +6,7 @@ A ResNet50 learns to tell phantoms apart, from many labelled phantoms that no la
 weights are written into each method's checkpoint layout, loaded through `load_backbone` like any
 file, and evaluated linearly on few labels of other phantoms. Each method must then be said to be
 better than `random`. The usual stand-ins, whose weights are random, are compared the same way and
-reported whatever they show. CPU, 64 pixels; about ten minutes on one core.
+reported whatever they show. CPU, 48 pixels, as in the pre-training; about ten minutes on one core.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import medssl_utils as medssl  # noqa: E402
 
 LINEAR = medssl.FineTuneConfig.named(
-    "linear", image_size=64, normalise="dataset")  # the planted weights know these intensities
+    "linear", image_size=48, normalise="dataset")  # size and intensities that the weights know
 FRACTIONS = (0.05, 0.2)
 
 

@@ -1,12 +1,13 @@
 """What a study costs on top of its training: runs, planning, resuming, and a full study on paper.
 
     python bench/study.py                    four to six minutes on one core
-    python bench/study.py --cold 1 4 16 64   also the longest row of the second table
-    python bench/study.py --rate 4000        the last table alone, for an assumed rate
+    python bench/study.py --cold 1 4 16 64   also the longest row, about ten minutes more
+    python bench/study.py --rate 4000        the last table alone, for an ASSUMED rate
 
 The tiny runs are real ones (ResNet50, phantoms, run folders) of two seconds and less, so that what
 is not training shows. The plan of 10,000 runs is made from run folders on disk that hold the two
-files that say how far a run is. The last table is computed, not run.
+files that say how far a run is. The last tables are computed, not run, from the rate of every
+device that is found here: the CPU, one GPU, and each of several GPUs while all of them train.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -79,17 +82,16 @@ def print_runs(warm: list[int], cold: list[int]) -> float:
     """Print a row a number of runs; return the overhead of a further run in a warm process."""
     print("| runs | how | s in all | s a run | of it outside the run |")
     print("|---|---|---|---|---|")
-    outside = {}
+    outside = {0: 0.0}
     for run, name, numbers in ((run_warm, "one warm process", warm),
                                (run_cold, "a process for each run", cold)):
         for n in numbers:
             total, own = time_runs(run, n)
-            outside[name, n] = total - own
+            outside |= {n: total - own} if run is run_warm else {}
             print(f"| {n} | {name} | {total:.1f} | {total / n:.2f} | {(total - own) / n:.2f} |",
                   flush=True)
-    first, last = min(warm), max(warm)
-    name = "one warm process"
-    return (outside[name, last] - outside[name, first]) / max(1, last - first)
+    few, many = sorted(outside)[-2:]  # not the first row: it pays for what is imported late
+    return max(0.0, outside[many] - outside[few]) / (many - few)
 
 
 # =============================================================================
@@ -141,22 +143,30 @@ def write_finished(folder: Path) -> None:
 # =============================================================================
 
 
-def images_per_second() -> float:
-    """Training images a second at 224 px by the recommended recipe, on this device."""
-    config = medssl.FineTuneConfig(batch_size=32 if torch.cuda.is_available() else 8)
-    device = medssl.pick_device()
-    net = medssl.add_head(medssl.load_backbone("random")[0], 2, 0)
-    net = net.to(device, memory_format=torch.channels_last)
-    images = torch.randint(0, 255, (config.batch_size, 224, 224), dtype=torch.uint8, device=device)
-    labels = torch.arange(config.batch_size, device=device) % 2
-    prep, times = medssl.Preprocessing((0.5,) * 3, (0.2,) * 3, 224), []
-    optimizer = medssl.make_optimizer(net, config)
-    while len(times) < 4 or sum(times) < 1:
-        began = time.perf_counter()
-        medssl.train_one_epoch(net, images, labels, optimizer, config, prep, seed=0,
-                               epoch=config.epochs - 1)
-        times.append(time.perf_counter() - began)
-    return config.batch_size / float(np.median(times[1:]))
+def measure_rates() -> dict[str, float]:
+    """Training images a second of the devices found here, of each one of them."""
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    found = {"the CPU": ["cpu"], "one GPU": gpus[:1],
+             f"each of {len(gpus)} GPUs at once": gpus if len(gpus) > 1 else []}
+    return {name: measure_rate(devices) for name, devices in found.items() if devices}
+
+
+def measure_rate(devices: list[str], image_size: int = 224) -> float:
+    """Training images a second of a device by the recommended recipe, while all of them train.
+
+    Each has a process of its own, as in a study. The first round starts processes and kernels, so
+    that in the second, which counts, all work side by side.
+    """
+    with ProcessPoolExecutor(len(devices), get_context("spawn")) as pool:
+        for _ in range(2):
+            seconds = list(pool.map(time_device, devices, [image_size] * len(devices)))
+    return float(np.mean(1 / np.array(seconds)))
+
+
+def time_device(device: str, image_size: int) -> float:
+    """Seconds a training image, as a plan times them; a pass of several steps on a GPU."""
+    cell, = medssl._cells({"device": [device]}, {"recipe": "recommended", "image_size": image_size})
+    return medssl._time_steps(cell, steps=7 if device.startswith("cuda") else 1)  # 240 phantoms
 
 
 def print_full_study(rate: float, overhead: float, source: str) -> None:
@@ -206,7 +216,10 @@ def main() -> None:
           f"{torch.__version__}, load {os.getloadavg()[0]:.1f}\n")
     overhead = print_runs(options.warm, options.cold)
     print_planning()
-    print_full_study(images_per_second(), overhead, f"measured here, on {where or 'a CPU'}")
+    for device, rate in measure_rates().items():
+        print_full_study(rate, overhead, f"MEASURED on {device}")
+    if not torch.cuda.is_available():
+        print("\nNo GPU is here. --rate takes the rate of one; its table is then marked ASSUMED.")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from notebook_cells import run_cells
 from sklearn import metrics
 from statsmodels.stats.multitest import multipletests
 
@@ -399,7 +400,7 @@ def test_summary_knows_that_less_is_better_for_brier(tmp_path):
     assert "SparK is better than random" in medssl.describe_comparison(table)
 
 
-# --- small simulations of whole studies (bench/statistics.py is the full one) ------------------
+# --- small simulations of whole studies (bench/simulate_studies.py is the full one) ------------
 
 @pytest.fixture(scope="module")
 def bench():
@@ -504,7 +505,8 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
 def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp_path):
     write_study(tmp_path, {"random": 1, "BYOL": 1})
     runs = write_study(tmp_path, {"random": 1, "BYOL": 1}, label_fraction=0.25)
-    axis = medssl.plot_label_fractions(medssl.compare_methods(runs)).axes[0]
+    names = run_cells("05_compare_results", "import medssl_utils", "def draw_curves(", device="cpu")
+    axis = names["draw_curves"](medssl.compare_methods(runs)).axes[0]
     title = axis.get_title()
     assert title.startswith("DEMO")
     assert all(words in title for words in ("3 seeds", "95% interval", "new test set", "60 test"))

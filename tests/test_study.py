@@ -211,9 +211,9 @@ def test_what_failed_is_done_by_the_next_call(log):
 def test_a_run_of_another_process_is_looked_at_again_at_the_end(log, monkeypatch):
     order = []
 
-    def busy_once(cell, moment):
+    def busy_once(cell):
         order.append(cell["seed"])
-        return ("BusyError", "") if order == [0] else tiny_study.run_cell(cell)
+        return None if order == [0] else tiny_study.run_cell(cell)
 
     monkeypatch.setattr(medssl, "_run_cell", busy_once)
     assert list(study(log, {"seed": [0, 1]})["status"]) == ["done", "done"]
@@ -239,6 +239,30 @@ def test_a_cell_that_kills_its_workers_is_given_up(log, monkeypatch):
     table = study(log, {"seed": [0]}, workers=2)
     assert list(table["status"]) == ["unfinished"]
     assert table["error"][0] == "The worker died 2 times on this cell: killed, or out of memory?"
+
+
+@pytest.mark.slow
+def test_each_gpu_gets_a_worker_of_its_own(log, monkeypatch):
+    """Two GPUs are only said to be there: who is given which is seen, not that CUDA takes it."""
+    monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(medssl, "_run_cell", tiny_study.run_cell_on_cpu)
+    assert list(study(log)["status"]) == ["done"] * 8
+    given = {tuple(line.split()) for line in notes(log, "devices")}  # (process, device)
+    assert len(given) == 2 and {device for _, device in given} == {"cuda:0", "cuda:1"}
+    assert str(os.getpid()) not in dict(given)
+
+
+def test_more_workers_than_gpus_share_them(monkeypatch):
+    monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
+    assert [w["device"] for w in medssl._workers(None, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
+
+
+def test_a_device_that_was_asked_for_is_kept(monkeypatch):
+    given = []
+    monkeypatch.setattr(medssl, "_run_cell", lambda cell: given.append(cell["device"]) or "")
+    list(medssl._work_off([{"device": "cuda:7"}, {"device": "auto"}],
+                          [{"pool": None, "device": "cuda:0"}]))
+    assert given == ["cuda:7", "cuda:0"]
 
 
 @pytest.mark.slow
@@ -368,10 +392,30 @@ def test_a_run_that_another_process_writes_starts_no_kernel(log, notebook):
     folder = medssl._cell_folder(cell)
     folder.mkdir(parents=True)
     with medssl._sole_writer(folder):
-        assert medssl._run_cell(cell)[0] == "BusyError"
+        assert medssl._run_cell(cell) is None
     assert not (folder / "notebook.ipynb").exists()
 
 
 def test_a_parameter_that_the_notebook_lacks_is_named(log, notebook):
     table = study(log, {"lr": [0.1]}, notebook=notebook)
     assert "Parameter of 03_tiny.ipynb 'lr' is not known" in table["error"][0]
+
+
+# --- bench/study.py ----------------------------------------------------------------------------
+
+
+def test_the_bench_measures_the_cpu_one_gpu_and_all_of_them(monkeypatch):
+    import study as bench
+
+    monkeypatch.setattr(bench.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(bench, "measure_rate", lambda devices: devices)
+    assert bench.measure_rates() == {
+        "the CPU": ["cpu"], "one GPU": ["cuda:0"],
+        "each of 2 GPUs at once": ["cuda:0", "cuda:1"]}
+
+
+@pytest.mark.slow
+def test_the_bench_times_a_device_in_a_process_of_its_own():
+    import study as bench
+
+    assert bench.measure_rate(["cpu"], image_size=16) > 0  # small for speed
