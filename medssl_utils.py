@@ -139,7 +139,7 @@ class Checkpoint:
     wrapper: str  # key of the outer dictionary that holds the tensors
     prefix: str  # what stands before each backbone key ("" for none)
     groups: Mapping[str, str]  # auxiliary key prefix -> what it is; all of them are left out
-    snippet_unexpected: tuple[int, ...]  # unexpected keys of the README's snippet, for each head
+    unexpected: tuple[int, ...]  # how many keys stand beside the backbone, for each kind of head
     readme_unexpected: str  # which they are, in the words of that README
     mean: tuple[float, ...]  # intensity statistics of the pre-training input, in [0, 1]
     std: tuple[float, ...]
@@ -184,7 +184,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "val_queue": "queue of negative keys for validation",
             "val_queue_ptr": "position in the validation queue",
         },
-        (330, 322), "encoder_k layers", LIDC_MEAN, LIDC_STD,  # with the MLP head, without a head
+        (330, 326, 322), "encoder_k layers", LIDC_MEAN, LIDC_STD,  # MLP, linear or no head
     ),
     "SparK": Checkpoint(
         "SparK", "1kYFS67jH9s8kAmhNyf5wlRj_Gh9vTK_H", "spark_resnet50.pth", "module",
@@ -813,9 +813,6 @@ def _read_tensors(
     return {name: entry.view(data[entry.record]) for name, entry in wanted.items()}
 
 
-README_MISSING = ("fc.weight", "fc.bias")
-
-
 @dataclass(frozen=True, repr=False)
 class KeyReport:
     """What was taken from a checkpoint, what was left, and why that is right."""
@@ -828,8 +825,6 @@ class KeyReport:
     loaded: int = 318  # backbone tensors that were loaded
     expected: int = 318  # backbone tensors that a ResNet50 has
     changed: int = 0  # loaded tensors that differ from a fresh initialisation
-    missing_keys: tuple[str, ...] = ()  # as the authors' README snippet reports them
-    unexpected_keys: tuple[str, ...] = ()  # likewise
     groups: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # left out: (keys, what)
     fingerprint: str = ""  # SHA-256 over names, types, shapes and numbers of the loaded tensors
     allow_extra: tuple[str, ...] = ()  # what the user accepted beyond the known layout
@@ -842,12 +837,16 @@ class KeyReport:
         return self.weights == "stand-in" or self.beside_stand_ins
 
     @property
+    def left_out(self) -> int:
+        """Number of keys that are not the backbone's: the README's unexpected keys."""
+        return sum(count for count, _ in self.groups.values())
+
+    @property
     def verdict(self) -> str:
         """One sentence: what was loaded, and whether the rest is what the authors expect."""
         text = f"{self.loaded} of {self.expected} backbone tensors loaded"
         if known := CHECKPOINTS.get(self.method):
-            as_told = (self.missing_keys == README_MISSING and not self.allow_extra
-                       and len(self.unexpected_keys) in known.snippet_unexpected)
+            as_told = self.left_out in known.unexpected and not self.allow_extra
             text += ("; the keys left out are those that the authors' README names" if as_told
                      else "; the keys left out are not quite the README's, see the notes")
         stand_in = self.weights == "stand-in"
@@ -857,10 +856,10 @@ class KeyReport:
         """Return the report as a table: keys, found, what the README expects, meaning."""
         rows = [("backbone", f"{self.loaded} of {self.expected}", "", "ResNet50 without fc")]
         if known := CHECKPOINTS.get(self.method):
-            counts = " or ".join(map(str, known.snippet_unexpected))
-            rows += [("missing_keys", ", ".join(self.missing_keys) or "none",
-                      ", ".join(README_MISSING), "classifier, not pre-trained"),
-                     ("unexpected_keys", str(len(self.unexpected_keys)),
+            missing = "fc.weight, fc.bias"  # any other absent key is an error
+            counts = " or ".join(map(str, known.unexpected))
+            rows += [("missing_keys", missing, missing, "classifier, not pre-trained"),
+                     ("unexpected_keys", str(self.left_out),
                       f"{counts}: {known.readme_unexpected}", "left out, by group:")]
         rows += [(group, str(count), "", words) for group, (count, words) in self.groups.items()]
         return pd.DataFrame(rows, columns=["keys", "found", "README expects", "what it is"])
@@ -1049,12 +1048,10 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
         evident = bool(groups) or CHECKPOINTS[found].wrapper == "module" in wrapper
         if method is None and not evident:
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
-        missing, unexpected, raises = _readme_snippet(found, entries)
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
         _check_values(tensors)
         notes = {
             "every key began with module. (DistributedDataParallel), which was removed": ddp,
-            "the authors' snippet raises here: fc.weight isn't torchvision's; left out": raises,
             "53 num_batches_tracked were absent (PyTorch < 0.4.1): set to 0": filled,
             "legacy format (PyTorch < 1.6) without CRC: damage can go unnoticed":
                 None in (crc for _, _, crc in records.values()),
@@ -1064,8 +1061,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             f"accepted by you beyond what is known: {_few(allow_extra)}": allow_extra}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
-            changed=_changed(tensors), missing_keys=tuple(missing), groups=groups,
-            unexpected_keys=tuple(unexpected), fingerprint=_fingerprint(tensors),
+            changed=_changed(tensors), groups=groups, fingerprint=_fingerprint(tensors),
             allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true),
             sha256=digest.result() if digest else _sha256(path))
 
@@ -1133,22 +1129,6 @@ def _sort_rest(
             f"it holds keys that a {known.method} checkpoint isn't known to have: {_few(unknown)}. "
             f"If they may be left out, pass allow_extra={(*allow_extra, *unknown)!r}")
     return {group: (counts[group], words[group]) for group in words if counts[group]}
-
-
-def _readme_snippet(method: str, entries: _Entries) -> tuple[list[str], list[str], bool]:
-    """Return missing and unexpected keys as the authors' README snippet reports them.
-
-    Its renaming isn't anchored; PyTorch doesn't miss BatchNorm's counters in a plain dict. Where
-    the head's shape makes it raise (third value), the head is left out.
-    """
-    start = CHECKPOINTS[method].prefix or "model."
-    shapes = {key.replace(start, ""): getattr(entry, "shape", None)
-              for key, entry in entries.items()}
-    wanted = {name: tensor.shape for name, tensor in _resnet50().state_dict().items()}
-    raises = shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]
-    keys = {key: None for key in shapes if not (raises and key.startswith("fc."))}
-    missing = [k for k in wanted if k not in keys and not k.endswith("num_batches_tracked")]
-    return missing, [key for key in keys if key not in wanted], raises
 
 
 def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
