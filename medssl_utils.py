@@ -288,22 +288,21 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
     else it must be one that PyTorch wrote, each record matching its CRC (none before 1.6)."""
     if not path.exists():
         return "there is no such file"
-    kind, problems = _what(path), []
+    kind = _what(_beginning(path))
     if kind not in ("zip", "legacy"):
-        problems.append(f"it is {kind}")
+        return f"it is {kind}"
     if expected:
         name = "sha256" if "sha256" in expected else "md5"
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, name).hexdigest()
-        if found == expected[name]:
-            return None
-        problems.append(f"its {name} is {found}, expected {expected[name]}")
+        if found != expected[name]:
+            return f"its {name} is {found}, expected {expected[name]}"
     elif kind == "zip":
         try:
             _read_records(path, _zip_records(path), keep={})
         except CheckpointError as error:
-            problems.append(str(error))
-    return "; ".join(problems) or None
+            return str(error)
+    return None
 
 
 def _set_aside(path: Path, problem: str) -> str:
@@ -651,43 +650,44 @@ def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[
         raise CheckpointError("it is a folder, not a file" if path.is_dir() else
                               "it is a pipe or device, not a file" if path.exists() else
                               "no such file: notebook 01 shows how to get the checkpoints")
-    kind = _what(path)
+    kind = _what(_beginning(path))
     if kind not in ("zip", "legacy"):
         raise CheckpointError(f"it is {kind}, not a checkpoint that torch.save wrote")
     return (_open_zip if kind == "zip" else _open_legacy)(path, allow_extra)
 
 
 _Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
-_KINDS = {
-    b"PK\x03\x04": "zip", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "legacy",
-    b"PK": "an empty zip archive", b"\x1f\x8b": "a gzip archive (unpack it first)",
-    b"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file)",
+_KINDS = {  # how a file begins -> what it is; the first that matches
+    rb"PK\x03\x04": "zip",
+    rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": "legacy",
+    rb".{6}\0\0\{": "a safetensors file",
+    rb"\Z": "empty (0 bytes)",
+    rb"(\xef\xbb\xbf)?\s*<": "a web page (HTML or XML), perhaps one that asks to log in or to wait",
+    rb"(\xef\xbb\xbf)?\s*[{[]": "JSON text",
+    rb"PK": "an empty zip archive",
+    rb"\x1f\x8b": "a gzip archive (unpack it first)",
+    rb".{257}ustar": "a tar archive (unpack it first)",
+    rb"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file)",
 }
 
 
-def _what(path: Path) -> str:
-    """Say by its first bytes what a file is: "zip", "legacy", or words for anything else."""
+def _beginning(path: Path) -> bytes:
+    """Return a file's first bytes, enough for any pickle."""
     with open(path, "rb") as file:
-        start, size = file.read(MAX_PICKLE_BYTES), path.stat().st_size
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if known := next((words for mark, words in _KINDS.items() if start.startswith(mark)), None):
-        return known
-    if not start:
-        return "empty (0 bytes)"
-    if text.startswith(b"<"):
-        return "a web page (HTML or XML), perhaps one that asks to log in or to wait"
-    if start[257:262] == b"ustar":
-        return "a tar archive (unpack it first)"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-        return "a safetensors file"
-    if text.startswith((b"{", b"[")):
-        return "JSON text"
+        return file.read(MAX_PICKLE_BYTES)
+
+
+def _what(start: bytes) -> str:
+    """Say by its first bytes what a file is: "zip", "legacy", or words for anything else."""
+    for beginning, words in _KINDS.items():
+        if re.match(beginning, start, re.DOTALL):
+            return words
     reader = _PickleReader()
     with contextlib.suppress(CheckpointError):
         reader.read(io.BytesIO(start))
     if names := [name for name in reader.names if re.fullmatch(r"[\w.]+", name)]:
         return f"a bare pickle that asks for {_few(names)} (nothing was run)"
-    return f"of no known kind ({size:,} bytes, the first {start[:8]!r})"
+    return f"of no known kind (its first bytes are {start[:8]!r})"
 
 
 def _open_zip(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
@@ -768,9 +768,7 @@ def _read_records(
 
 def _open_legacy(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
     """Open what torch.save wrote before PyTorch 1.6: five pickles, then the storages in order."""
-    with open(path, "rb") as file:
-        head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    reader, records = _PickleReader(allow_extra), {}
+    head, reader, records = io.BytesIO(_beginning(path)), _PickleReader(allow_extra), {}
     _, _, system, top, keys = (reader.read(head) for _ in range(5))
     if not (isinstance(system, dict) and system.get("little_endian") is True):
         raise CheckpointError("its byte order isn't little-endian, which alone can be read")
@@ -878,14 +876,6 @@ class KeyReport:
     def _repr_html_(self) -> str:
         title, *lines = map(html.escape, self._lines())
         return f"<b>{title}</b>{self.to_frame().to_html(index=False)}<p>{'<br>'.join(lines)}</p>"
-
-    @staticmethod
-    def layers(model: nn.Module) -> pd.DataFrame:
-        """Return a model's tensors as a table: shape, mean, std, and the std of a fresh one."""
-        rows = [(name, tuple(tensor.shape), tensor.double().mean().item(),
-                 tensor.double().std(correction=0).item(), _fresh_std(tensor))
-                for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-        return pd.DataFrame(rows, columns=["tensor", "shape", "mean", "std", "fresh std"])
 
 
 def load_backbone(
