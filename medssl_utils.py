@@ -27,7 +27,7 @@ import json
 import math
 import multiprocessing
 import os
-import pickletools
+import pickle
 import platform
 import queue
 import random
@@ -419,9 +419,9 @@ def _origin(response: requests.Response, url: str) -> tuple[int, dict[str, Any]]
                    "validator": fields.get("ETag") or fields.get("Last-Modified")}
 
 
-# A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so no
-# unpickler sees it: `_PickleReader` reads its opcodes, which gives names, shapes and places. The
-# match with a ResNet50 is made on those, and only then are bytes read, each with its checksum.
+# A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so
+# `_PickleReader` looks no name up and calls nothing: it gives names, shapes and places. The match
+# with a ResNet50 is made on those, and only then are bytes read, each with its checksum.
 
 _DTYPES = {f"torch.{kind}Storage": dtype for kind, dtype in {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16,
@@ -442,14 +442,12 @@ _HARMLESS = re.compile(  # what training code leaves beside the weights; none is
         |u?int\d+|float\d+|dtypes\.\w+)
     | torch\.(Size|device|dtype|torch_version\.TorchVersion|bool|u?int\d+|b?float\d+)
     """, re.VERBOSE)
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = frozenset((*_CONSTANTS, *(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
-    "BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8").split()))
-_TAKES = {}  # opcode -> (takes everything from the last mark on, how many items besides)
-for _code in pickletools.opcodes:
-    _from_mark = pickletools.markobject in _code.stack_before  # and with it the slice above it
-    _TAKES[_code.name] = _from_mark, len(_code.stack_before) - 2 * _from_mark
+_OPCODES = (  # that Python's reader may act on: data, the memo, and names, of which it asks us
+    "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING BINBYTES "
+    "SHORT_BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "SETITEM SETITEMS ADDITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL INST "
+    "STACK_GLOBAL BINPERSID").split()
 MAX_PICKLE_BYTES = 4 << 20  # ten times what a published file needs
 MAX_NAMES = 200
 
@@ -489,23 +487,43 @@ class _Stored:
         return data.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 
-class _PickleReader:
+class _Dict(dict):
+    """A dict of a pickle, or what stands in for any other object: empty, whatever is put in."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keep a value under a text key, once; no weight has another kind of key."""
+        if isinstance(key, str):
+            if key in self:  # Python would silently keep the last one
+                raise ValueError(f"the key {key[:80]!r} comes twice")
+            super().__setitem__(key, value)
+
+    def append(self, *items: Any) -> None:
+        """Take no items: it stands in for a list, a set or another object that does."""
+
+    extend = add = append
+
+
+class _PickleReader(pickle._Unpickler):
     """Turns a pickle into plain data: dicts with text keys, lists, tuples, numbers, `_Stored`.
 
-    A name that has a place in a weight file, or is among `allow_extra`, stands for an empty dict,
-    whatever it is called with; any other is refused. `root` + a storage's key names its record.
+    It is Python's own reader, but a name is only its text and a call makes nothing: a name that
+    has a place in a weight file, or is among `allow_extra`, stands for an empty dict, whatever it
+    is called with; any other is refused. `root` + a storage's key names its record.
     """
 
-    def __init__(self, allow_extra: Sequence[str] = (), root: str = ""):
+    def __init__(self, file: io.BytesIO, allow_extra: Sequence[str] = (), root: str = ""):
+        super().__init__(file, encoding="latin-1")
         self.allowed, self.root = {*allow_extra, *_DTYPES, *_TENSOR, _PARAMETER}, root
         self.names: dict[_Name, bool] = {}  # name -> accepted
         self.sizes: dict[str, int] = {}  # record -> bytes, as declared
 
-    def read(self, stream: io.BytesIO) -> Any:
-        """Return the data of one pickle; a refused name, wherever it stands, is an error."""
-        result = problem = None
+    def load(self) -> Any:
+        """Return the data of the next pickle; a refused name, wherever it stands, is an error."""
+        self.memo, result, problem = {}, None, None
         try:
-            result = self._run(stream)
+            result = super().load()
         except Exception as error:  # a broken pickle can do anything to the stack below
             problem = f"its pickle is damaged ({str(error)[:200]})"
         if refused := tuple(str(name) for name, accepted in self.names.items() if not accepted):
@@ -516,47 +534,8 @@ class _PickleReader:
             raise CheckpointError(problem)
         return result
 
-    def _run(self, stream: io.BytesIO) -> Any:
-        stack, marks, memo = [], [], {}
-        makes = {  # opcode -> what it makes of the items that it takes from the stack
-            "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list,
-            **dict.fromkeys(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "FROZENSET"),
-                            lambda *taken: taken),
-            **dict.fromkeys(("APPEND", "APPENDS", "ADDITEMS"), _extended),
-            **dict.fromkeys(("SETITEM", "SETITEMS"), _filled),
-            "STACK_GLOBAL": self._name, "REDUCE": _made, "NEWOBJ": _made,
-            "BINPERSID": lambda storage: self._storage(*storage),
-            "BUILD": lambda made, state: made,  # the state of an object that is never made
-        }
-        for opcode, argument, _ in pickletools.genops(stream):
-            name, (from_mark, more) = opcode.name, _TAKES[opcode.name]
-            start = (marks.pop() if from_mark else len(stack)) - more
-            if start < 0:
-                raise ValueError(f"opcode {name} finds nothing to take")
-            taken = stack[start:]
-            del stack[start:]
-            if name in makes:
-                stack.append(makes[name](*taken))
-            elif name in _LITERALS:
-                stack.append(_CONSTANTS.get(name, argument))
-            elif name in ("GLOBAL", "INST"):
-                stack.append(self._name(*argument.split(" ", 1)))
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                stack += taken
-                memo[len(memo) if argument is None else argument] = stack[-1]
-            elif name == "STOP":
-                return taken[0]
-            elif name not in ("PROTO", "FRAME", "POP"):
-                raise ValueError(f"opcode {name} has no place in a weight file")
-
-    def _name(self, module: str, name: str) -> _Name:
+    def find_class(self, module: str, name: str) -> _Name:
         """Note a name, and whether it has a place in a weight file; return it as text."""
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("a name that is no text")
         full = _Name(f"{module}.{name}")
         if len(full) > 500 or len(self.names) >= MAX_NAMES and full not in self.names:
             raise ValueError(f"more than {MAX_NAMES} names, or one too long: {full[:80]}")
@@ -565,33 +544,31 @@ class _PickleReader:
             "." not in name and bool(_HARMLESS.fullmatch(full)))
         return full
 
-    def _storage(self, kind: str, name: _Name, key: str, location: str, numel: int, *view: Any):
+    def persistent_load(self, reference: Sequence[Any]) -> tuple[str, torch.dtype, int]:
         """Return (record, dtype, elements) of a storage that the pickle refers to."""
-        if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
-            raise ValueError("a reference to something that is no storage")
-        if view not in ((), (None,)):
-            raise ValueError("a storage that is a view of another, as PyTorch < 0.4 wrote")
+        kind, name, key, _, numel, *view = reference
+        if (kind, type(key), type(numel)) != ("storage", str, int) or numel < 0 or any(view):
+            raise ValueError("a reference to something that is no storage, or a view of another")
         dtype, record = _DTYPES[name], self.root + key
         if self.sizes.setdefault(record, numel * dtype.itemsize) != numel * dtype.itemsize:
             raise ValueError(f"{record} is declared with two sizes")
         return record, dtype, numel
 
+    def _call(self) -> None:
+        arguments, name = self.stack.pop(), self.stack.pop()
+        self.append(_made(name, arguments))
 
-def _extended(target: Any, *items: Any) -> Any:
-    """Put items into a list; what stands for another object takes none."""
-    if isinstance(target, list):
-        target.extend(items)
-    return target
+    def _refuse(self) -> None:
+        raise ValueError("an opcode that has no place in a weight file")
 
-
-def _filled(target: Any, *flat: Any) -> Any:
-    """Put key, value, key, value ... into a dict, those with a text key: no weight has another."""
-    for key, value in zip(flat[::2], flat[1::2], strict=True):
-        if isinstance(key, str) and isinstance(target, dict):
-            if key in target:  # Python would silently keep the last one
-                raise ValueError(f"the key {key[:80]!r} comes twice")
-            target[key] = value
-    return target
+    dispatch = dict.fromkeys(range(256), _refuse) | {
+        code: pickle._Unpickler.dispatch[code]
+        for code in (getattr(pickle, name)[0] for name in _OPCODES)} | {
+        pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call,
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # the state of an object never made
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
+        pickle.EMPTY_SET[0]: lambda self: self.append(_Dict()),
+        pickle.FROZENSET[0]: pickle._Unpickler.load_tuple}
 
 
 def _made(name: Any, arguments: Sequence[Any]) -> Any:
@@ -605,7 +582,7 @@ def _made(name: Any, arguments: Sequence[Any]) -> Any:
         return _Stored(*storage, offset, tuple(shape), tuple(stride))
     # itself, not a copy: a small pickle could ask for a million of them
     keeps = name == _PARAMETER or arguments and isinstance(arguments[0], dict)
-    return arguments[0] if keeps else {}
+    return arguments[0] if keeps else _Dict()
 
 
 def _few(names: Iterable[str], most: int = 8) -> str:
@@ -682,9 +659,9 @@ def _what(start: bytes) -> str:
     for beginning, words in _KINDS.items():
         if re.match(beginning, start, re.DOTALL):
             return words
-    reader = _PickleReader()
+    reader = _PickleReader(io.BytesIO(start))
     with contextlib.suppress(CheckpointError):
-        reader.read(io.BytesIO(start))
+        reader.load()
     if names := [name for name in reader.names if re.fullmatch(r"[\w.]+", name)]:
         return f"a bare pickle that asks for {_few(names)} (nothing was run)"
     return f"of no known kind (its first bytes are {start[:8]!r})"
@@ -705,8 +682,8 @@ def _open_zip(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _P
     _read_records(path, places, small)
     if (order := small["byteorder"].tobytes()) not in (b"", b"little"):
         raise CheckpointError(f"its byte order is {order!r}; only little-endian can be read")
-    reader = _PickleReader(allow_extra, f"{root}data/")
-    top = reader.read(io.BytesIO(small["data.pkl"]))
+    reader = _PickleReader(io.BytesIO(small["data.pkl"]), allow_extra, f"{root}data/")
+    top = reader.load()
     found = {name: size for name, (_, size, _) in records.items() if name.startswith(reader.root)}
     for name in reader.sizes | found:
         if found.get(name) != reader.sizes.get(name):
@@ -768,8 +745,9 @@ def _read_records(
 
 def _open_legacy(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
     """Open what torch.save wrote before PyTorch 1.6: five pickles, then the storages in order."""
-    head, reader, records = io.BytesIO(_beginning(path)), _PickleReader(allow_extra), {}
-    _, _, system, top, keys = (reader.read(head) for _ in range(5))
+    head, records = io.BytesIO(_beginning(path)), {}
+    reader = _PickleReader(head, allow_extra)
+    _, _, system, top, keys = (reader.load() for _ in range(5))
     if not (isinstance(system, dict) and system.get("little_endian") is True):
         raise CheckpointError("its byte order isn't little-endian, which alone can be read")
     if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(reader.sizes):
