@@ -218,8 +218,9 @@ def download_checkpoint(
         sha256: expected checksum; default: the one in `checksums.json`. Where neither exists,
             the file must be one that PyTorch wrote, each record matching its CRC.
         from_file: a file that you already have: copied, nothing is fetched.
-        timeout: seconds of silence after which it gives up.
-        retries: further attempts after a lost connection or a busy server (429, 5xx).
+        timeout: seconds of silence that end an attempt.
+        retries: further attempts after silence, a lost connection or a busy server (429, 5xx);
+            each goes on where the last one ended.
         quiet: no progress bar.
 
     Raises:
@@ -324,40 +325,35 @@ def _transfer(
     part = target.with_name(target.name + ".part")
     for attempt in range(1, retries + 2):
         try:
-            length_known = _fetch(url, part, timeout, quiet)
-            problem = _file_problem(part, expected)
-            if problem and not length_known:  # probably cut
-                raise requests.ConnectionError(f"{problem}; {url} did not say how long the file is")
+            _fetch(url, part, timeout, quiet)
             break
-        except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-            words, cause = f"{url} is silent for {timeout:g} s", error
-        except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
-            words, cause = f"gave up after {attempt} attempts: {error}", error
-            if attempt <= retries:
+        except (OSError, urllib3.exceptions.HTTPError) as error:  # an OSError too: requests' own
+            passing = isinstance(error, (requests.ConnectionError, requests.Timeout,
+                                         urllib3.exceptions.HTTPError))  # not of address or disk
+            if passing and attempt <= retries:
                 time.sleep(min(0.25 * 2**attempt, 30))
                 continue
-        except OSError as error:  # of the address, or of the disk
-            words, cause = f"{url} cannot be fetched into {part}: {error}", error
-        kept = f"What arrived is kept in {part}; the next call goes on from there."
-        raise CheckpointError(f"{words}. {kept if part.exists() else ''}") from cause
+            kept = f" What arrived is kept in {part}; the next call goes on from there."
+            raise CheckpointError(f"{url} cannot be fetched into {part}: {error}. It gave up after "
+                                  f"{attempt} attempts.{kept * part.exists()}") from error
     part.with_suffix(".origin").unlink(missing_ok=True)
-    if problem:
+    if problem := _file_problem(part, expected):
         raise CheckpointError(f"{_set_aside(part, problem)}. It came from {url}.")
     os.replace(part, target)
 
 
-def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> bool:
-    """Append to `part` what is missing; say whether the server told how long the file is."""
+def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> None:
+    """Append to `part` what is missing of the file at `url`."""
     note = part.with_suffix(".origin")  # which remote file it is a part of
     known = json.loads(note.read_text()) if part.exists() and note.exists() else {}
     have = part.stat().st_size if known.get("url") == url and known["validator"] else 0
     if have and have == known["size"]:  # killed between the last byte and the rename
-        return True
+        return
     with _open(url, have, known, timeout) as response:
-        chunk = response.raw.read1(1 << 20)
-        if response.ok and chunk.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
-            raise CheckpointError(f"{url} sent a web page, not the file.")  # the part is kept
         start, origin = _origin(response, url)
+        chunk = response.raw.read1(1 << 20)
+        if start == 0 and _what(chunk).startswith("a web page"):
+            raise CheckpointError(f"{url} sent a web page, not the file.")  # the part is kept
         same = response.ok and all(origin[name] in (None, known[name]) for name in known)
         if have and not (same and start in (0, have)):
             part.unlink()
@@ -379,7 +375,6 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> bool:
                 chunk = response.raw.read1(1 << 20)
     if origin["size"] not in (None, part.stat().st_size):
         raise requests.ConnectionError(f"{url} ended before its {origin['size']:,} bytes")
-    return origin["size"] is not None
 
 
 def _open(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requests.Response:
