@@ -550,8 +550,19 @@ class _PickleReader(pickle._Unpickler):
         return record, dtype, numel
 
     def _call(self) -> None:
+        """Push what `name(*arguments)` stands for: a tensor, a dict, or an empty placeholder."""
         arguments, name = self.stack.pop(), self.stack.pop()
-        self.append(_made(name, arguments))
+        if not isinstance(name, _Name):
+            raise ValueError("a call of something that is no name")
+        if name in _TENSOR:
+            if any(arguments[6:]):
+                raise ValueError("a negative view or conjugate of a tensor")
+            storage, offset, shape, stride = arguments[:4]
+            self.append(_Stored(*storage, offset, tuple(shape), tuple(stride)))
+        elif name == _PARAMETER or arguments and isinstance(arguments[0], dict):
+            self.append(arguments[0])  # not a copy: a small pickle could ask for a million of them
+        else:
+            self.append(_Dict())
 
     def _refuse(self) -> None:
         raise ValueError("an opcode that has no place in a weight file")
@@ -564,20 +575,6 @@ class _PickleReader(pickle._Unpickler):
         pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
         pickle.EMPTY_SET[0]: lambda self: self.append(_Dict()),
         pickle.FROZENSET[0]: pickle._Unpickler.load_tuple}
-
-
-def _made(name: Any, arguments: Sequence[Any]) -> Any:
-    """Return what `name(*arguments)` stands for: a tensor, a dict, or an empty placeholder."""
-    if not isinstance(name, _Name):
-        raise ValueError("a call of something that is no name")
-    if name in _TENSOR:
-        if any(arguments[6:]):
-            raise ValueError("a negative view or conjugate of a tensor")
-        storage, offset, shape, stride = arguments[:4]
-        return _Stored(*storage, offset, tuple(shape), tuple(stride))
-    # itself, not a copy: a small pickle could ask for a million of them
-    keeps = name == _PARAMETER or arguments and isinstance(arguments[0], dict)
-    return arguments[0] if keeps else _Dict()
 
 
 def _few(names: Iterable[str], most: int = 8) -> str:
