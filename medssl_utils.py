@@ -878,12 +878,12 @@ def load_backbone(
     if method in CONTROLS and path is None:
         tensors, report = _load_control(method, seed)
         report = replace(report, beside_stand_ins=weights == "stand-in")
-    elif path is not None and Path(path).suffix == ".safetensors":
-        tensors, report = _load_exported(method, Path(path))
     else:
         file = _locate(method, weights, Path(folder)) if path is None else Path(path)
-        tensors, report = _load_file(
-            method, file, "file" if path else weights, tuple(allow_extra), cache)
+        with _about(file):
+            tensors, report = (
+                _load_exported(method, file) if file.suffix == ".safetensors" else
+                _load_file(method, file, "file" if path else weights, tuple(allow_extra), cache))
     model = pickle.loads(_empty_backbone())
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval(), report
@@ -953,11 +953,10 @@ def _load_file(
     cached = _load_cache(path, allow_extra, cache == "verify") if cache else None
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     tensors, report = cached or _load_original(method, path, allow_extra)
-    with _about(path):
-        if path.stat().st_mtime_ns != stamp:
-            raise CheckpointError("it was replaced while it was read: try again")
-        _agree(method, report.method)
-        _check_origin(path, weights, report)
+    if path.stat().st_mtime_ns != stamp:
+        raise CheckpointError("it was replaced while it was read: try again")
+    _agree(method, report.method)
+    _check_origin(path, weights, report)
     if cache and cached is None:
         with contextlib.suppress(OSError):  # in a read-only folder there is no cache
             os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
@@ -993,7 +992,7 @@ def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
 
 def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...]) -> _Loaded:
     """Open, match, read and check a checkpoint as its authors saved it."""
-    with _about(path), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         # hashing takes as long as all the rest: side by side, but for a file beyond all measure
         usual = path.is_file() and path.stat().st_size < 1 << 30
         digest = pool.submit(_sha256, path) if usual else None
@@ -1192,10 +1191,9 @@ def _read_backbone(path: Path, verify: bool) -> _Loaded:
 
 def _load_exported(method: str | None, path: Path) -> _Loaded:
     """Return tensors and report of an exported backbone, verified."""
-    with _about(path):
-        tensors, report = _read_backbone(path, verify=True)
-        _agree(method, report.method)
-        _check_values(tensors)
+    tensors, report = _read_backbone(path, verify=True)
+    _agree(method, report.method)
+    _check_values(tensors)
     origin = f"exported from {report.path or report.method}"
     return tensors, replace(report, weights=report.weights if report.demo else "file",
                             path=path.name, notes=(*report.notes, origin))
