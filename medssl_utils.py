@@ -542,7 +542,8 @@ class _PickleReader(pickle._Unpickler):
     def persistent_load(self, reference: Sequence[Any]) -> tuple[str, torch.dtype, int]:
         """Return (record, dtype, elements) of a storage that the pickle refers to."""
         kind, name, key, _, numel, *view = reference
-        if (kind, type(key), type(numel)) != ("storage", str, int) or numel < 0 or any(view):
+        if (kind, type(key), type(numel)) != ("storage", str, int) or any(view) or not (
+                0 <= numel < 1 << 48):
             raise ValueError("a reference to something that is no storage, or a view of another")
         dtype, record = _DTYPES[name], self.root + key
         if self.sizes.setdefault(record, numel * dtype.itemsize) != numel * dtype.itemsize:
@@ -742,7 +743,7 @@ def _open_legacy(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str,
     _, _, system, top, keys = (reader.load() for _ in range(5))
     if not (isinstance(system, dict) and system.get("little_endian") is True):
         raise CheckpointError("its byte order isn't little-endian, which alone can be read")
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(reader.sizes):
+    if not isinstance(keys, list) or sorted(map(repr, keys)) != sorted(map(repr, reader.sizes)):
         raise CheckpointError("it is damaged: its list of storages isn't its tensors' list")
     first = head.tell()
     for key in keys:
