@@ -27,7 +27,7 @@ import json
 import math
 import multiprocessing
 import os
-import pickletools
+import pickle
 import platform
 import queue
 import random
@@ -139,7 +139,7 @@ class Checkpoint:
     wrapper: str  # key of the outer dictionary that holds the tensors
     prefix: str  # what stands before each backbone key ("" for none)
     groups: Mapping[str, str]  # auxiliary key prefix -> what it is; all of them are left out
-    snippet_unexpected: tuple[int, ...]  # unexpected keys of the README's snippet, for each head
+    unexpected: tuple[int, ...]  # how many keys stand beside the backbone, for each kind of head
     readme_unexpected: str  # which they are, in the words of that README
     mean: tuple[float, ...]  # intensity statistics of the pre-training input, in [0, 1]
     std: tuple[float, ...]
@@ -184,7 +184,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
             "val_queue": "queue of negative keys for validation",
             "val_queue_ptr": "position in the validation queue",
         },
-        (330, 322), "encoder_k layers", LIDC_MEAN, LIDC_STD,  # with the MLP head, without a head
+        (330, 326, 322), "encoder_k layers", LIDC_MEAN, LIDC_STD,  # MLP, linear or no head
     ),
     "SparK": Checkpoint(
         "SparK", "1kYFS67jH9s8kAmhNyf5wlRj_Gh9vTK_H", "spark_resnet50.pth", "module",
@@ -218,8 +218,9 @@ def download_checkpoint(
         sha256: expected checksum; default: the one in `checksums.json`. Where neither exists,
             the file must be one that PyTorch wrote, each record matching its CRC.
         from_file: a file that you already have: copied, nothing is fetched.
-        timeout: seconds of silence after which it gives up.
-        retries: further attempts after a lost connection or a busy server (429, 5xx).
+        timeout: seconds of silence that end an attempt.
+        retries: further attempts after silence, a lost connection or a busy server (429, 5xx);
+            each goes on where the last one ended.
         quiet: no progress bar.
 
     Raises:
@@ -288,22 +289,21 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
     else it must be one that PyTorch wrote, each record matching its CRC (none before 1.6)."""
     if not path.exists():
         return "there is no such file"
-    kind, problems = _what(path), []
+    kind = _what(_beginning(path))
     if kind not in ("zip", "legacy"):
-        problems.append(f"it is {kind}")
+        return f"it is {kind}"
     if expected:
         name = "sha256" if "sha256" in expected else "md5"
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, name).hexdigest()
-        if found == expected[name]:
-            return None
-        problems.append(f"its {name} is {found}, expected {expected[name]}")
+        if found != expected[name]:
+            return f"its {name} is {found}, expected {expected[name]}"
     elif kind == "zip":
         try:
             _read_records(path, _zip_records(path), keep={})
         except CheckpointError as error:
-            problems.append(str(error))
-    return "; ".join(problems) or None
+            return str(error)
+    return None
 
 
 def _set_aside(path: Path, problem: str) -> str:
@@ -325,40 +325,35 @@ def _transfer(
     part = target.with_name(target.name + ".part")
     for attempt in range(1, retries + 2):
         try:
-            length_known = _fetch(url, part, timeout, quiet)
-            problem = _file_problem(part, expected)
-            if problem and not length_known:  # probably cut
-                raise requests.ConnectionError(f"{problem}; {url} did not say how long the file is")
+            _fetch(url, part, timeout, quiet)
             break
-        except (requests.Timeout, urllib3.exceptions.TimeoutError) as error:
-            words, cause = f"{url} is silent for {timeout:g} s", error
-        except (requests.ConnectionError, urllib3.exceptions.HTTPError) as error:
-            words, cause = f"gave up after {attempt} attempts: {error}", error
-            if attempt <= retries:
+        except (OSError, urllib3.exceptions.HTTPError) as error:  # an OSError too: requests' own
+            passing = isinstance(error, (requests.ConnectionError, requests.Timeout,
+                                         urllib3.exceptions.HTTPError))  # not of address or disk
+            if passing and attempt <= retries:
                 time.sleep(min(0.25 * 2**attempt, 30))
                 continue
-        except OSError as error:  # of the address, or of the disk
-            words, cause = f"{url} cannot be fetched into {part}: {error}", error
-        kept = f"What arrived is kept in {part}; the next call goes on from there."
-        raise CheckpointError(f"{words}. {kept if part.exists() else ''}") from cause
+            kept = f" What arrived is kept in {part}; the next call goes on from there."
+            raise CheckpointError(f"{url} cannot be fetched into {part}: {error}. It gave up after "
+                                  f"{attempt} attempts.{kept * part.exists()}") from error
     part.with_suffix(".origin").unlink(missing_ok=True)
-    if problem:
+    if problem := _file_problem(part, expected):
         raise CheckpointError(f"{_set_aside(part, problem)}. It came from {url}.")
     os.replace(part, target)
 
 
-def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> bool:
-    """Append to `part` what is missing; say whether the server told how long the file is."""
+def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> None:
+    """Append to `part` what is missing of the file at `url`."""
     note = part.with_suffix(".origin")  # which remote file it is a part of
     known = json.loads(note.read_text()) if part.exists() and note.exists() else {}
     have = part.stat().st_size if known.get("url") == url and known["validator"] else 0
     if have and have == known["size"]:  # killed between the last byte and the rename
-        return True
+        return
     with _open(url, have, known, timeout) as response:
-        chunk = response.raw.read1(1 << 20)
-        if response.ok and chunk.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
-            raise CheckpointError(f"{url} sent a web page, not the file.")  # the part is kept
         start, origin = _origin(response, url)
+        chunk = response.raw.read1(1 << 20)
+        if start == 0 and _what(chunk).startswith("a web page"):
+            raise CheckpointError(f"{url} sent a web page, not the file.")  # the part is kept
         same = response.ok and all(origin[name] in (None, known[name]) for name in known)
         if have and not (same and start in (0, have)):
             part.unlink()
@@ -380,7 +375,6 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> bool:
                 chunk = response.raw.read1(1 << 20)
     if origin["size"] not in (None, part.stat().st_size):
         raise requests.ConnectionError(f"{url} ended before its {origin['size']:,} bytes")
-    return origin["size"] is not None
 
 
 def _open(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requests.Response:
@@ -420,9 +414,9 @@ def _origin(response: requests.Response, url: str) -> tuple[int, dict[str, Any]]
                    "validator": fields.get("ETag") or fields.get("Last-Modified")}
 
 
-# A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so no
-# unpickler sees it: `_PickleReader` reads its opcodes, which gives names, shapes and places. The
-# match with a ResNet50 is made on those, and only then are bytes read, each with its checksum.
+# A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so
+# `_PickleReader` looks no name up and calls nothing: it gives names, shapes and places. The match
+# with a ResNet50 is made on those, and only then are bytes read, each with its checksum.
 
 _DTYPES = {f"torch.{kind}Storage": dtype for kind, dtype in {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16,
@@ -443,14 +437,12 @@ _HARMLESS = re.compile(  # what training code leaves beside the weights; none is
         |u?int\d+|float\d+|dtypes\.\w+)
     | torch\.(Size|device|dtype|torch_version\.TorchVersion|bool|u?int\d+|b?float\d+)
     """, re.VERBOSE)
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_LITERALS = frozenset((*_CONSTANTS, *(
-    "BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
-    "BINSTRING SHORT_BINSTRING BINBYTES SHORT_BINBYTES BINBYTES8").split()))
-_TAKES = {}  # opcode -> (takes everything from the last mark on, how many items besides)
-for _code in pickletools.opcodes:
-    _from_mark = pickletools.markobject in _code.stack_before  # and with it the slice above it
-    _TAKES[_code.name] = _from_mark, len(_code.stack_before) - 2 * _from_mark
+_OPCODES = (  # that Python's reader may act on: data, the memo, and names, of which it asks us
+    "PROTO FRAME STOP MARK POP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 LONG4 BINFLOAT "
+    "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINSTRING SHORT_BINSTRING BINBYTES "
+    "SHORT_BINBYTES BINBYTES8 EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "SETITEM SETITEMS ADDITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL INST "
+    "STACK_GLOBAL BINPERSID").split()
 MAX_PICKLE_BYTES = 4 << 20  # ten times what a published file needs
 MAX_NAMES = 200
 
@@ -490,23 +482,43 @@ class _Stored:
         return data.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 
-class _PickleReader:
+class _Dict(dict):
+    """A dict of a pickle, or what stands in for any other object: empty, whatever is put in."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Keep a value under a text key, once; no weight has another kind of key."""
+        if isinstance(key, str):
+            if key in self:  # Python would silently keep the last one
+                raise ValueError(f"the key {key[:80]!r} comes twice")
+            super().__setitem__(key, value)
+
+    def append(self, *items: Any) -> None:
+        """Take no items: it stands in for a list, a set or another object that does."""
+
+    extend = add = append
+
+
+class _PickleReader(pickle._Unpickler):
     """Turns a pickle into plain data: dicts with text keys, lists, tuples, numbers, `_Stored`.
 
-    A name that has a place in a weight file, or is among `allow_extra`, stands for an empty dict,
-    whatever it is called with; any other is refused. `root` + a storage's key names its record.
+    It is Python's own reader, but a name is only its text and a call makes nothing: a name that
+    has a place in a weight file, or is among `allow_extra`, stands for an empty dict, whatever it
+    is called with; any other is refused. `root` + a storage's key names its record.
     """
 
-    def __init__(self, allow_extra: Sequence[str] = (), root: str = ""):
+    def __init__(self, file: io.BytesIO, allow_extra: Sequence[str] = (), root: str = ""):
+        super().__init__(file, encoding="latin-1")
         self.allowed, self.root = {*allow_extra, *_DTYPES, *_TENSOR, _PARAMETER}, root
         self.names: dict[_Name, bool] = {}  # name -> accepted
         self.sizes: dict[str, int] = {}  # record -> bytes, as declared
 
-    def read(self, stream: io.BytesIO) -> Any:
-        """Return the data of one pickle; a refused name, wherever it stands, is an error."""
-        result = problem = None
+    def load(self) -> Any:
+        """Return the data of the next pickle; a refused name, wherever it stands, is an error."""
+        self.memo, result, problem = {}, None, None
         try:
-            result = self._run(stream)
+            result = super().load()
         except Exception as error:  # a broken pickle can do anything to the stack below
             problem = f"its pickle is damaged ({str(error)[:200]})"
         if refused := tuple(str(name) for name, accepted in self.names.items() if not accepted):
@@ -517,47 +529,8 @@ class _PickleReader:
             raise CheckpointError(problem)
         return result
 
-    def _run(self, stream: io.BytesIO) -> Any:
-        stack, marks, memo = [], [], {}
-        makes = {  # opcode -> what it makes of the items that it takes from the stack
-            "EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list,
-            **dict.fromkeys(("EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE", "FROZENSET"),
-                            lambda *taken: taken),
-            **dict.fromkeys(("APPEND", "APPENDS", "ADDITEMS"), _extended),
-            **dict.fromkeys(("SETITEM", "SETITEMS"), _filled),
-            "STACK_GLOBAL": self._name, "REDUCE": _made, "NEWOBJ": _made,
-            "BINPERSID": lambda storage: self._storage(*storage),
-            "BUILD": lambda made, state: made,  # the state of an object that is never made
-        }
-        for opcode, argument, _ in pickletools.genops(stream):
-            name, (from_mark, more) = opcode.name, _TAKES[opcode.name]
-            start = (marks.pop() if from_mark else len(stack)) - more
-            if start < 0:
-                raise ValueError(f"opcode {name} finds nothing to take")
-            taken = stack[start:]
-            del stack[start:]
-            if name in makes:
-                stack.append(makes[name](*taken))
-            elif name in _LITERALS:
-                stack.append(_CONSTANTS.get(name, argument))
-            elif name in ("GLOBAL", "INST"):
-                stack.append(self._name(*argument.split(" ", 1)))
-            elif name == "MARK":
-                marks.append(len(stack))
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                stack.append(memo[argument])
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                stack += taken
-                memo[len(memo) if argument is None else argument] = stack[-1]
-            elif name == "STOP":
-                return taken[0]
-            elif name not in ("PROTO", "FRAME", "POP"):
-                raise ValueError(f"opcode {name} has no place in a weight file")
-
-    def _name(self, module: str, name: str) -> _Name:
+    def find_class(self, module: str, name: str) -> _Name:
         """Note a name, and whether it has a place in a weight file; return it as text."""
-        if not (isinstance(module, str) and isinstance(name, str)):
-            raise ValueError("a name that is no text")
         full = _Name(f"{module}.{name}")
         if len(full) > 500 or len(self.names) >= MAX_NAMES and full not in self.names:
             raise ValueError(f"more than {MAX_NAMES} names, or one too long: {full[:80]}")
@@ -566,47 +539,43 @@ class _PickleReader:
             "." not in name and bool(_HARMLESS.fullmatch(full)))
         return full
 
-    def _storage(self, kind: str, name: _Name, key: str, location: str, numel: int, *view: Any):
+    def persistent_load(self, reference: Sequence[Any]) -> tuple[str, torch.dtype, int]:
         """Return (record, dtype, elements) of a storage that the pickle refers to."""
-        if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
-            raise ValueError("a reference to something that is no storage")
-        if view not in ((), (None,)):
-            raise ValueError("a storage that is a view of another, as PyTorch < 0.4 wrote")
+        kind, name, key, _, numel, *view = reference
+        if (kind, type(key), type(numel)) != ("storage", str, int) or any(view) or not (
+                0 <= numel < 1 << 48):
+            raise ValueError("a reference to something that is no storage, or a view of another")
         dtype, record = _DTYPES[name], self.root + key
         if self.sizes.setdefault(record, numel * dtype.itemsize) != numel * dtype.itemsize:
             raise ValueError(f"{record} is declared with two sizes")
         return record, dtype, numel
 
+    def _call(self) -> None:
+        """Push what `name(*arguments)` stands for: a tensor, a dict, or an empty placeholder."""
+        arguments, name = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, _Name):
+            raise ValueError("a call of something that is no name")
+        if name in _TENSOR:
+            if any(arguments[6:]):
+                raise ValueError("a negative view or conjugate of a tensor")
+            storage, offset, shape, stride = arguments[:4]
+            self.append(_Stored(*storage, offset, tuple(shape), tuple(stride)))
+        elif name == _PARAMETER or arguments and isinstance(arguments[0], dict):
+            self.append(arguments[0])  # not a copy: a small pickle could ask for a million of them
+        else:
+            self.append(_Dict())
 
-def _extended(target: Any, *items: Any) -> Any:
-    """Put items into a list; what stands for another object takes none."""
-    if isinstance(target, list):
-        target.extend(items)
-    return target
+    def _refuse(self) -> None:
+        raise ValueError("an opcode that has no place in a weight file")
 
-
-def _filled(target: Any, *flat: Any) -> Any:
-    """Put key, value, key, value ... into a dict, those with a text key: no weight has another."""
-    for key, value in zip(flat[::2], flat[1::2], strict=True):
-        if isinstance(key, str) and isinstance(target, dict):
-            if key in target:  # Python would silently keep the last one
-                raise ValueError(f"the key {key[:80]!r} comes twice")
-            target[key] = value
-    return target
-
-
-def _made(name: Any, arguments: Sequence[Any]) -> Any:
-    """Return what `name(*arguments)` stands for: a tensor, a dict, or an empty placeholder."""
-    if not isinstance(name, _Name):
-        raise ValueError("a call of something that is no name")
-    if name in _TENSOR:
-        if any(arguments[6:]):
-            raise ValueError("a negative view or conjugate of a tensor")
-        storage, offset, shape, stride = arguments[:4]
-        return _Stored(*storage, offset, tuple(shape), tuple(stride))
-    # itself, not a copy: a small pickle could ask for a million of them
-    keeps = name == _PARAMETER or arguments and isinstance(arguments[0], dict)
-    return arguments[0] if keeps else {}
+    dispatch = dict.fromkeys(range(256), _refuse) | {
+        code: pickle._Unpickler.dispatch[code]
+        for code in (getattr(pickle, name)[0] for name in _OPCODES)} | {
+        pickle.REDUCE[0]: _call, pickle.NEWOBJ[0]: _call,
+        pickle.BUILD[0]: lambda self: self.stack.pop(),  # the state of an object never made
+        pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
+        pickle.EMPTY_SET[0]: lambda self: self.append(_Dict()),
+        pickle.FROZENSET[0]: pickle._Unpickler.load_tuple}
 
 
 def _few(names: Iterable[str], most: int = 8) -> str:
@@ -651,43 +620,44 @@ def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[
         raise CheckpointError("it is a folder, not a file" if path.is_dir() else
                               "it is a pipe or device, not a file" if path.exists() else
                               "no such file: notebook 01 shows how to get the checkpoints")
-    kind = _what(path)
+    kind = _what(_beginning(path))
     if kind not in ("zip", "legacy"):
         raise CheckpointError(f"it is {kind}, not a checkpoint that torch.save wrote")
     return (_open_zip if kind == "zip" else _open_legacy)(path, allow_extra)
 
 
 _Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
-_KINDS = {
-    b"PK\x03\x04": "zip", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "legacy",
-    b"PK": "an empty zip archive", b"\x1f\x8b": "a gzip archive (unpack it first)",
-    b"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file)",
+_KINDS = {  # how a file begins -> what it is; the first that matches
+    rb"PK\x03\x04": "zip",
+    rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": "legacy",
+    rb".{6}\0\0\{": "a safetensors file",
+    rb"\Z": "empty (0 bytes)",
+    rb"(\xef\xbb\xbf)?\s*<": "a web page (HTML or XML), perhaps one that asks to log in or to wait",
+    rb"(\xef\xbb\xbf)?\s*[{[]": "JSON text",
+    rb"PK": "an empty zip archive",
+    rb"\x1f\x8b": "a gzip archive (unpack it first)",
+    rb".{257}ustar": "a tar archive (unpack it first)",
+    rb"version https://git-lfs": "a Git LFS pointer (git lfs pull fetches the file)",
 }
 
 
-def _what(path: Path) -> str:
-    """Say by its first bytes what a file is: "zip", "legacy", or words for anything else."""
+def _beginning(path: Path) -> bytes:
+    """Return a file's first bytes, enough for any pickle."""
     with open(path, "rb") as file:
-        start, size = file.read(MAX_PICKLE_BYTES), path.stat().st_size
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if known := next((words for mark, words in _KINDS.items() if start.startswith(mark)), None):
-        return known
-    if not start:
-        return "empty (0 bytes)"
-    if text.startswith(b"<"):
-        return "a web page (HTML or XML), perhaps one that asks to log in or to wait"
-    if start[257:262] == b"ustar":
-        return "a tar archive (unpack it first)"
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-        return "a safetensors file"
-    if text.startswith((b"{", b"[")):
-        return "JSON text"
-    reader = _PickleReader()
+        return file.read(MAX_PICKLE_BYTES)
+
+
+def _what(start: bytes) -> str:
+    """Say by its first bytes what a file is: "zip", "legacy", or words for anything else."""
+    for beginning, words in _KINDS.items():
+        if re.match(beginning, start, re.DOTALL):
+            return words
+    reader = _PickleReader(io.BytesIO(start))
     with contextlib.suppress(CheckpointError):
-        reader.read(io.BytesIO(start))
+        reader.load()
     if names := [name for name in reader.names if re.fullmatch(r"[\w.]+", name)]:
         return f"a bare pickle that asks for {_few(names)} (nothing was run)"
-    return f"of no known kind ({size:,} bytes, the first {start[:8]!r})"
+    return f"of no known kind (its first bytes are {start[:8]!r})"
 
 
 def _open_zip(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
@@ -705,8 +675,8 @@ def _open_zip(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _P
     _read_records(path, places, small)
     if (order := small["byteorder"].tobytes()) not in (b"", b"little"):
         raise CheckpointError(f"its byte order is {order!r}; only little-endian can be read")
-    reader = _PickleReader(allow_extra, f"{root}data/")
-    top = reader.read(io.BytesIO(small["data.pkl"]))
+    reader = _PickleReader(io.BytesIO(small["data.pkl"]), allow_extra, f"{root}data/")
+    top = reader.load()
     found = {name: size for name, (_, size, _) in records.items() if name.startswith(reader.root)}
     for name in reader.sizes | found:
         if found.get(name) != reader.sizes.get(name):
@@ -768,13 +738,12 @@ def _read_records(
 
 def _open_legacy(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
     """Open what torch.save wrote before PyTorch 1.6: five pickles, then the storages in order."""
-    with open(path, "rb") as file:
-        head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-    reader, records = _PickleReader(allow_extra), {}
-    _, _, system, top, keys = (reader.read(head) for _ in range(5))
+    head, records = io.BytesIO(_beginning(path)), {}
+    reader = _PickleReader(head, allow_extra)
+    _, _, system, top, keys = (reader.load() for _ in range(5))
     if not (isinstance(system, dict) and system.get("little_endian") is True):
         raise CheckpointError("its byte order isn't little-endian, which alone can be read")
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(reader.sizes):
+    if not isinstance(keys, list) or sorted(map(repr, keys)) != sorted(map(repr, reader.sizes)):
         raise CheckpointError("it is damaged: its list of storages isn't its tensors' list")
     first = head.tell()
     for key in keys:
@@ -828,9 +797,9 @@ class KeyReport:
     loaded: int = 318  # backbone tensors that were loaded
     expected: int = 318  # backbone tensors that a ResNet50 has
     changed: int = 0  # loaded tensors that differ from a fresh initialisation
-    missing_keys: tuple[str, ...] = ()  # as the authors' README snippet reports them
-    unexpected_keys: tuple[str, ...] = ()  # likewise
-    groups: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # left out: (keys, what)
+    missing_keys: tuple[str, ...] = ()  # of a ResNet50, absent from the file
+    unexpected_keys: tuple[str, ...] = ()  # of the file, no part of a ResNet50: left out
+    groups: Mapping[str, tuple[int, str]] = field(default_factory=dict)  # of these: (keys, what)
     fingerprint: str = ""  # SHA-256 over names, types, shapes and numbers of the loaded tensors
     allow_extra: tuple[str, ...] = ()  # what the user accepted beyond the known layout
     notes: tuple[str, ...] = ()  # further things to know, one sentence each
@@ -847,7 +816,7 @@ class KeyReport:
         text = f"{self.loaded} of {self.expected} backbone tensors loaded"
         if known := CHECKPOINTS.get(self.method):
             as_told = (self.missing_keys == README_MISSING and not self.allow_extra
-                       and len(self.unexpected_keys) in known.snippet_unexpected)
+                       and len(self.unexpected_keys) in known.unexpected)
             text += ("; the keys left out are those that the authors' README names" if as_told
                      else "; the keys left out are not quite the README's, see the notes")
         stand_in = self.weights == "stand-in"
@@ -857,7 +826,7 @@ class KeyReport:
         """Return the report as a table: keys, found, what the README expects, meaning."""
         rows = [("backbone", f"{self.loaded} of {self.expected}", "", "ResNet50 without fc")]
         if known := CHECKPOINTS.get(self.method):
-            counts = " or ".join(map(str, known.snippet_unexpected))
+            counts = " or ".join(map(str, known.unexpected))
             rows += [("missing_keys", ", ".join(self.missing_keys) or "none",
                       ", ".join(README_MISSING), "classifier, not pre-trained"),
                      ("unexpected_keys", str(len(self.unexpected_keys)),
@@ -879,14 +848,6 @@ class KeyReport:
     def _repr_html_(self) -> str:
         title, *lines = map(html.escape, self._lines())
         return f"<b>{title}</b>{self.to_frame().to_html(index=False)}<p>{'<br>'.join(lines)}</p>"
-
-    @staticmethod
-    def layers(model: nn.Module) -> pd.DataFrame:
-        """Return a model's tensors as a table: shape, mean, std, and the std of a fresh one."""
-        rows = [(name, tuple(tensor.shape), tensor.double().mean().item(),
-                 tensor.double().std(correction=0).item(), _fresh_std(tensor))
-                for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
-        return pd.DataFrame(rows, columns=["tensor", "shape", "mean", "std", "fresh std"])
 
 
 def load_backbone(
@@ -919,15 +880,13 @@ def load_backbone(
     if method in CONTROLS and path is None:
         tensors, report = _load_control(method, seed)
         report = replace(report, beside_stand_ins=weights == "stand-in")
-    elif path is not None and Path(path).suffix == ".safetensors":
-        tensors, report = _load_exported(method, Path(path))
     else:
         file = _locate(method, weights, Path(folder)) if path is None else Path(path)
-        tensors, report = _load_file(
-            method, file, "file" if path else weights, tuple(allow_extra), cache)
-    empty = {id(tensor): tensor for tensor in _resnet50().state_dict(keep_vars=True).values()}
-    model = copy.deepcopy(_resnet50(), empty)  # the 318 tensors are put in, not copied over
-    model.fc = nn.Identity()
+        with _about(file):
+            tensors, report = (
+                _load_exported(method, file) if file.suffix == ".safetensors" else
+                _load_file(method, file, "file" if path else weights, tuple(allow_extra), cache))
+    model = pickle.loads(_empty_backbone())
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval(), report
 
@@ -952,16 +911,18 @@ def _locate(method: str, weights: str, folder: Path) -> Path:
 
 
 @functools.cache
-def _resnet50() -> nn.Module:
-    """torchvision's ResNet50 without memory behind it: names and shapes only."""
+def _empty_backbone() -> bytes:
+    """torchvision's ResNet50 without `fc` and without memory, pickled: copied so most quickly."""
     with torch.device("meta"):
-        return torchvision.models.resnet50()
+        model = torchvision.models.resnet50()
+    model.fc = nn.Identity()
+    return pickle.dumps(model)
 
 
 @functools.cache
 def _backbone_layout() -> dict[str, torch.Tensor]:
     """The 318 entries of a ResNet50 without `fc`: name -> tensor without memory."""
-    return {k: v for k, v in _resnet50().state_dict().items() if not k.startswith("fc.")}
+    return pickle.loads(_empty_backbone()).state_dict()
 
 
 def _load_control(method: str, seed: int) -> _Loaded:
@@ -994,11 +955,10 @@ def _load_file(
     cached = _load_cache(path, allow_extra, cache == "verify") if cache else None
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     tensors, report = cached or _load_original(method, path, allow_extra)
-    with _about(path):
-        if path.stat().st_mtime_ns != stamp:
-            raise CheckpointError("it was replaced while it was read: try again")
-        _agree(method, report.method)
-        _check_origin(path, weights, report)
+    if path.stat().st_mtime_ns != stamp:
+        raise CheckpointError("it was replaced while it was read: try again")
+    _agree(method, report.method)
+    _check_origin(path, weights, report)
     if cache and cached is None:
         with contextlib.suppress(OSError):  # in a read-only folder there is no cache
             os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
@@ -1034,7 +994,7 @@ def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
 
 def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...]) -> _Loaded:
     """Open, match, read and check a checkpoint as its authors saved it."""
-    with _about(path), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         # hashing takes as long as all the rest: side by side, but for a file beyond all measure
         usual = path.is_file() and path.stat().st_size < 1 << 30
         digest = pool.submit(_sha256, path) if usual else None
@@ -1049,12 +1009,10 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
         evident = bool(groups) or CHECKPOINTS[found].wrapper == "module" in wrapper
         if method is None and not evident:
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
-        missing, unexpected, raises = _readme_snippet(found, entries)
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
         _check_values(tensors)
         notes = {
             "every key began with module. (DistributedDataParallel), which was removed": ddp,
-            "the authors' snippet raises here: fc.weight isn't torchvision's; left out": raises,
             "53 num_batches_tracked were absent (PyTorch < 0.4.1): set to 0": filled,
             "legacy format (PyTorch < 1.6) without CRC: damage can go unnoticed":
                 None in (crc for _, _, crc in records.values()),
@@ -1064,8 +1022,9 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             f"accepted by you beyond what is known: {_few(allow_extra)}": allow_extra}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
-            changed=_changed(tensors), missing_keys=tuple(missing), groups=groups,
-            unexpected_keys=tuple(unexpected), fingerprint=_fingerprint(tensors),
+            changed=_changed(tensors), groups=groups, fingerprint=_fingerprint(tensors),
+            missing_keys=tuple(k for k in (*_backbone_layout(), *README_MISSING) if k not in tensors),
+            unexpected_keys=tuple(key for key in entries if not _is_backbone(key, prefix)),
             allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true),
             sha256=digest.result() if digest else _sha256(path))
 
@@ -1135,22 +1094,6 @@ def _sort_rest(
     return {group: (counts[group], words[group]) for group in words if counts[group]}
 
 
-def _readme_snippet(method: str, entries: _Entries) -> tuple[list[str], list[str], bool]:
-    """Return missing and unexpected keys as the authors' README snippet reports them.
-
-    Its renaming isn't anchored; PyTorch doesn't miss BatchNorm's counters in a plain dict. Where
-    the head's shape makes it raise (third value), the head is left out.
-    """
-    start = CHECKPOINTS[method].prefix or "model."
-    shapes = {key.replace(start, ""): getattr(entry, "shape", None)
-              for key, entry in entries.items()}
-    wanted = {name: tensor.shape for name, tensor in _resnet50().state_dict().items()}
-    raises = shapes.get("fc.weight", wanted["fc.weight"]) != wanted["fc.weight"]
-    keys = {key: None for key in shapes if not (raises and key.startswith("fc."))}
-    missing = [k for k in wanted if k not in keys and not k.endswith("num_batches_tracked")]
-    return missing, [key for key in keys if key not in wanted], raises
-
-
 def _check_values(tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse numbers that no trained network has: NaN, Inf, zero filters, negative variances."""
     for name, tensor in tensors.items():
@@ -1180,11 +1123,6 @@ def _crc32(tensors: Mapping[str, torch.Tensor]) -> str:
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].contiguous().numpy().reshape(-1).view(np.uint8), crc)
     return f"{crc:08x}"
-
-
-def _fresh_std(weight: torch.Tensor) -> float:
-    """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
-    return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
 
 
 def _changed(tensors: Mapping[str, torch.Tensor]) -> int:
@@ -1252,10 +1190,9 @@ def _read_backbone(path: Path, verify: bool) -> _Loaded:
 
 def _load_exported(method: str | None, path: Path) -> _Loaded:
     """Return tensors and report of an exported backbone, verified."""
-    with _about(path):
-        tensors, report = _read_backbone(path, verify=True)
-        _agree(method, report.method)
-        _check_values(tensors)
+    tensors, report = _read_backbone(path, verify=True)
+    _agree(method, report.method)
+    _check_values(tensors)
     origin = f"exported from {report.path or report.method}"
     return tensors, replace(report, weights=report.weights if report.demo else "file",
                             path=path.name, notes=(*report.notes, origin))
@@ -4338,6 +4275,11 @@ def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> 
     with _atomic(path) as temporary, open(temporary, "wb") as file:
         torch.save(wrapper, file)  # not to a path, whose name would go into the file
     return path
+
+
+def _fresh_std(weight: torch.Tensor) -> float:
+    """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
+    return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
 
 
 def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:

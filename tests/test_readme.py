@@ -27,7 +27,7 @@ def test_checkpoint_table_matches_the_module():
         assert f"({checkpoint.url})" in file
         assert prefix == (f"`{checkpoint.prefix}`" if checkpoint.prefix else "none")
         assert missing == "`fc.weight`, `fc.bias`"
-        assert int(re.match(r"\d+", unexpected)[0]) in checkpoint.snippet_unexpected
+        assert int(re.match(r"\d+", unexpected)[0]) in checkpoint.unexpected
 
 
 def test_every_local_link_leads_somewhere():
