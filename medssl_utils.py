@@ -107,7 +107,7 @@ def _atomic(path: str | Path) -> Iterator[Path]:
     name.touch(exist_ok=False)  # with the permissions that any new file gets here
     try:
         yield name
-        with open(name, "rb") as file:
+        with open(name, "rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(name, path)
     finally:
@@ -245,7 +245,7 @@ def download_checkpoint(
                 warnings.warn(_set_aside(target, problem) + "; a new one is got.", stacklevel=2)
             if problem and from_file is not None:
                 with _atomic(target) as copied:
-                    shutil.copy(from_file, copied)  # with its permissions
+                    shutil.copyfile(from_file, copied)  # not its permissions: it may be read-only
             elif problem:
                 _transfer(url or checkpoint.url, target, expected, timeout, retries, quiet)
         return target
@@ -2028,7 +2028,7 @@ def _decoded(paths: Sequence[Path], options: ReadOptions, size: int, dtype: str,
     record = cache.with_suffix(".json")
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
-        for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):   # of a process killed here
+        for leftover in cache.parent.glob(f".*{cache.name}.*.tmp"):   # of a process killed here
             leftover.unlink()
         try:                                                         # the record is written last
             kept = json.loads(record.read_text("utf-8"))
@@ -2085,8 +2085,10 @@ def _decode_files(paths: Sequence[Path], options: ReadOptions, size: int, dtype:
             _in_parallel(functools.partial(attempt, decode), np.flatnonzero(counts), "pictures")
     kept = np.repeat([f["reason"] == "" for f in facts], counts)
     if not kept.all():                                               # no gaps where files failed
-        images = np.load(cache, mmap_mode="r")
-        _copy_rows(images, np.flatnonzero(kept), cache)
+        images, dense = np.load(cache, mmap_mode="r"), cache.with_name(f".{cache.name}.dense.tmp")
+        _copy_rows(images, np.flatnonzero(kept), dense)
+        del images                                                   # mapped: Windows keeps it else
+        os.replace(dense, cache)
     return facts
 
 
@@ -3752,8 +3754,10 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         rows.append({**row, "status": "done" if done.exists() else "unfinished",
                      "folder": path.parent})
     if not rows:
-        raise FileNotFoundError(f"No runs in {Path(folder).name!r}. Run notebook 03 first, "
-                                "or set the folder of a study that has been run.")
+        there = sorted({path.parts[-3] for path in Path(folder).parent.glob("*/*/config.json")})
+        raise FileNotFoundError(
+            f"No runs in {folder}. {f'Studies beside it: {_few(there)}. ' if there else ''}Set the "
+            "folder of a study that has been run, or run one (notebook 04, or make workbook).")
     table = pd.DataFrame(rows)
     study = table["folder"].map(lambda path: path.parent)
     of_demo = study.isin(study[table["stamp"] == "DEMO"]) & table["method"].isin(CONTROLS)
