@@ -1438,7 +1438,7 @@ def load_data(
             check_choice(name, named, "dataset")
         except ValueError as error:
             raise ValueError(f"{error} A MedMNIST name may end in _64, _128 or _224; a folder is "
-                             f"given by its path.") from None
+                             f"given by its path, as seen from {Path.cwd()}.") from None
     return data if split == "official" else _regroup(data, seed)
 
 
@@ -1783,7 +1783,7 @@ def read_folder(
     """
     options, folder = options or ReadOptions(), Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"There is no folder {folder}. Check the path of the data set.")
+        raise FileNotFoundError(f"There is no folder {folder}: looked for {folder.absolute()}.")
     files, left_out = _list_folder(folder, labelled)
     notes = [f"Left out: {', '.join(f'{n} {what}' for what, n in sorted(left_out.items()))}."]
     notes = notes if left_out else []
@@ -4027,6 +4027,9 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
         if common[name]:  # workers and notebooks start in other folders
             common[name] = str(Path(common[name]).resolve())
     cells = [common | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    for cell in cells:
+        if cell["dataset"] not in DATASETS and Path(cell["dataset"]).exists():
+            cell["dataset"] = str(Path(cell["dataset"]).resolve())
     return sorted(cells, key=lambda cell: (str(cell["dataset"]), cell["recipe"], cell["seed"]))
 
 

@@ -375,3 +375,11 @@ def test_a_run_that_another_process_writes_starts_no_kernel(log, notebook):
 def test_a_parameter_that_the_notebook_lacks_is_named(log, notebook):
     table = study(log, {"lr": [0.1]}, notebook=notebook)
     assert "Parameter of 03_tiny.ipynb 'lr' is not known" in table["error"][0]
+
+
+def test_a_folder_is_named_as_seen_from_here_and_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "phantom"):  # a data set's name is no folder, even where there is one
+        (tmp_path / name).mkdir()
+    cells = medssl._cells({"dataset": ["mine", "phantom", "not there"]}, {})
+    assert [cell["dataset"] for cell in cells] == [str(tmp_path / "mine"), "not there", "phantom"]
