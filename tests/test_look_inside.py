@@ -125,7 +125,7 @@ def test_likeness_of_a_flat_map_is_undefined_and_never_a_number(looked_inside):
 
 
 def test_layers_that_moved_are_measured(looked_inside):
-    net = copy.deepcopy(looked_inside["networks"]["SparK"][0])
+    net = copy.deepcopy(looked_inside["load"]("SparK")[0])
     for name, weight in net.layer3[2].named_parameters():
         if "conv" in name:
             weight.data *= 1.1
@@ -144,10 +144,10 @@ def test_a_finished_run_is_looked_into_again(looked_inside):
 
 
 def test_a_run_from_other_weights_is_refused(looked_inside):
-    others = {k: v for k, v in looked_inside["networks"].items() if k != "SparK"}
+    others = {k: v for k, v in looked_inside["reports"].items() if k != "SparK"}
     with pytest.raises(ValueError, match="other starting weights"):
         run_cells(STEM, "for run in map(medssl.load_run", **{
-            **looked_inside, "runs": {}, "networks": others,
+            **looked_inside, "runs": {}, "reports": others,
             "run_dirs": [str(looked_inside["runs"]["SparK"].folder)]})
 
 
