@@ -1835,8 +1835,8 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
                 temporary, index=False)
         by = "patient" if (found.table["patient"] != "").any() else "image: no patient is known"
         notes.append(f"{' and '.join(missing)} drawn with seed {seed}, stratified, by {by}; kept "
-                     f"as {path.name} in {path.parent.name}/. Copied into the folder, that list "
-                     f"stays in force whatever is added.")
+                     f"as {'/'.join(path.parts[-3:])}. Copied into the folder of the images, that "
+                     f"list stays in force whatever is added.")
     splits = {part: found.split(names, part) for part in SPLITS}
     mean, std = _intensity(splits["train"].images)
     return DataSplits(
@@ -2515,13 +2515,13 @@ class SplitReport:
                 *(f"Warning: {w}" for w in self.warnings)]
 
     def __str__(self) -> str:
-        tables = [f"\n{title} ({len(table)} rows)\n{table.head(12).to_string()}"
+        tables = [f"\n{title} ({len(table)} rows)\n{table.head(12).to_string(na_rep='')}"
                   for title, table in self.tables.items()]
         return "\n".join(self._lines() + tables)
 
     def _repr_html_(self) -> str:
         parts = [f"<p>{html.escape(line)}</p>" for line in self._lines()]
-        parts += [f"<p>{title} ({len(table)} rows)</p>{table.head(12).to_html()}"
+        parts += [f"<p>{title} ({len(table)} rows)</p>{table.head(12).to_html(na_rep='')}"
                   for title, table in self.tables.items()]
         for caption, *images in self.pictures:
             for image in images:
@@ -4606,7 +4606,7 @@ def demo_data(
     return DataSplits(
         name="phantom", **parts, class_names=("clear lungs", "opacities"),
         mean=(float(pixels.mean()),) * 3, std=(float(pixels.std()),) * 3, demo=True,
-        source=f"CT-like slices drawn by demo_data(seed={seed}): no patients, no licence",
+        source=f"CT-like slices drawn by demo_data(seed={seed}): no real patient, no licence",
     )
 
 
