@@ -516,7 +516,7 @@ def test_a_folder_without_runs_is_named_with_the_studies_beside_it(tmp_path):
     for study in ("mine", "yours"):
         (tmp_path / study / "run").mkdir(parents=True)
         (tmp_path / study / "run" / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="No runs in .*theirs. Studies beside it: mine, yours"):
+    with pytest.raises(FileNotFoundError, match="No runs in .*Studies beside it: mine, yours"):
         medssl.load_runs(tmp_path / "theirs")
     with pytest.raises(FileNotFoundError, match="theirs. Set the folder of a study"):
         medssl.load_runs(tmp_path / "nothing" / "theirs")
