@@ -55,11 +55,14 @@ help:
 # at a time. The parameters that each is given:
 GIVE_01 := -r weights "$(WEIGHTS)"
 GIVE_02 := -r weights "$(WEIGHTS)"
+# Notebooks run in their own folder, so a folder of images is named from the root.
+DATA = $(shell d="$(DATASET)"; [ ! -e "$$d" ] || [ "$${d#/}" != "$$d" ] || printf "%s/" "$(CURDIR)"; \
+    printf "%s" "$$d")
 # 04 looks at the grid that has just run, so it trains nothing.
-GIVE_04 := -r weights "$(WEIGHTS)" -r recipe "$(RECIPE)" -r study "$(STUDY)" -y "{datasets: \
-    ['$(DATASET)'], methods: [random, BYOL, SwAV, MoCo, SparK], seeds: [0, 1], epochs: 0, image_size: 0}"
+GIVE_04 = -r weights "$(WEIGHTS)" -r recipe "$(RECIPE)" -r study "$(STUDY)" -y "{datasets: \
+    ['$(DATA)'], methods: [random, BYOL, SwAV, MoCo, SparK], seeds: [0, 1], epochs: 0, image_size: 0}"
 GIVE_05 := -r study_dir "../$(OUT)"
-GIVE_06 := -r weights "$(WEIGHTS)" -r dataset "$(DATASET)" -r recipe "$(RECIPE)"
+GIVE_06 = -r weights "$(WEIGHTS)" -r dataset "$(DATA)" -r recipe "$(RECIPE)"
 GIVE_07 := -r weights "$(WEIGHTS)"
 AFTER := 06_look_inside 07_use_your_own_data 04_run_study 05_compare_results  # the longest first
 

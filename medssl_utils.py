@@ -107,7 +107,7 @@ def _atomic(path: str | Path) -> Iterator[Path]:
     name.touch(exist_ok=False)  # with the permissions that any new file gets here
     try:
         yield name
-        with open(name, "rb") as file:
+        with open(name, "rb+") as file:  # Windows flushes only what is open for writing
             os.fsync(file.fileno())
         os.replace(name, path)
     finally:
@@ -246,7 +246,7 @@ def download_checkpoint(
                 warnings.warn(_set_aside(target, problem) + "; a new one is got.", stacklevel=2)
             if problem and from_file is not None:
                 with _atomic(target) as copied:
-                    shutil.copy(from_file, copied)  # with its permissions
+                    shutil.copyfile(from_file, copied)  # not its permissions: it may be read-only
             elif problem:
                 _transfer(url or checkpoint.url, target, expected, timeout, retries, quiet)
         return target
@@ -1023,7 +1023,8 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
             changed=_changed(tensors), groups=groups, fingerprint=_fingerprint(tensors),
-            missing_keys=tuple(k for k in (*_backbone_layout(), *README_MISSING) if k not in tensors),
+            missing_keys=tuple(
+                key for key in (*_backbone_layout(), *README_MISSING) if key not in tensors),
             unexpected_keys=tuple(key for key in entries if not _is_backbone(key, prefix)),
             allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true),
             sha256=digest.result() if digest else _sha256(path))
@@ -1369,7 +1370,7 @@ def load_data(
             check_choice(name, named, "dataset")
         except ValueError as error:
             raise ValueError(f"{error} A MedMNIST name may end in _64, _128 or _224; a folder is "
-                             f"given by its path.") from None
+                             f"given by its path, as seen from {Path.cwd()}.") from None
     return data if split == "official" else _regroup(data, seed)
 
 
@@ -1668,7 +1669,7 @@ def read_folder(
     """
     options, folder = options or ReadOptions(), Path(folder)
     if not folder.exists():
-        raise FileNotFoundError(f"There is no folder {folder}. Check the path of the data set.")
+        raise FileNotFoundError(f"There is no folder {folder}: looked for {folder.absolute()}.")
     files, left_out = _list_folder(folder, labelled)
     notes = [f"Left out: {', '.join(f'{n} {what}' for what, n in sorted(left_out.items()))}."]
     notes = notes if left_out else []
@@ -1721,8 +1722,8 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
             drawn.drop_duplicates().to_csv(temporary, index=False)
         by = "image: no patient is known" if pool.groups is None else "patient"
         notes.append(f"{' and '.join(missing)} drawn with seed {seed}, stratified, by {by}; kept "
-                     f"as {path.name} in {path.parent.name}/. Copied into the folder, that list "
-                     f"stays in force whatever is added.")
+                     f"as {'/'.join(path.parts[-3:])}. Copied into the folder of the images, that "
+                     f"list stays in force whatever is added.")
     splits = {part: pool.take(np.flatnonzero(parts == part)) for part in SPLITS}
     mean, std = _intensity(splits["train"].images)
     return DataSplits(
@@ -1894,7 +1895,7 @@ def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
     read = functools.partial(_read_file, options=options, size=size, dtype=dtype)
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(cache.with_name(f".{cache.name}.lock")):
-        for leftover in cache.parent.glob(f".{cache.name}.*.tmp"):   # of a process killed here
+        for leftover in cache.parent.glob(f".*{cache.name}.*.tmp"):   # of a process killed here
             leftover.unlink()
         try:                                                         # the record is written last
             known = json.loads(record.read_text("utf-8"))
@@ -2011,7 +2012,7 @@ def _read_image(path: Path, options: ReadOptions) -> _Reading:
         try:
             image = Image.open(file, formats=IMAGE_FORMATS)
         except UnidentifiedImageError:
-            what = _what(path) if isinstance(path, Path) else "something else"   # within a zip
+            what = _what(_beginning(path)) if isinstance(path, Path) else "something else"   # within a zip
             raise ValueError(f"no PNG, JPEG, TIFF or BMP image but {what}") from None
         kind = "JPEG" if image.format == "MPO" else image.format     # a JPEG with a preview
         count = image.n_frames if kind == "TIFF" else 1
@@ -2061,7 +2062,7 @@ def _read_dicom(path: Path, options: ReadOptions) -> _Reading:
     try:
         syntax = read_file_meta_info(path).get("TransferSyntaxUID")
     except InvalidDicomError:
-        raise ValueError(f"no DICOM file but {_what(path)}") from None
+        raise ValueError(f"no DICOM file but {_what(_beginning(path))}") from None
     if syntax and syntax.is_deflated:                                # of unlimited size
         raise ValueError("a deflated DICOM file; convert it first, such as by dcmconv +te")
     header = dcmread(path, defer_size=DICOM_DEFERRED)
@@ -2344,13 +2345,13 @@ class SplitReport:
                 *(f"Warning: {w}" for w in self.warnings)]
 
     def __str__(self) -> str:
-        tables = [f"\n{title} ({len(table)} rows)\n{table.head(12).to_string()}"
+        tables = [f"\n{title} ({len(table)} rows)\n{table.head(12).to_string(na_rep='')}"
                   for title, table in self.tables.items()]
         return "\n".join(self._lines() + tables)
 
     def _repr_html_(self) -> str:
         parts = [f"<p>{html.escape(line)}</p>" for line in self._lines()]
-        parts += [f"<p>{title} ({len(table)} rows)</p>{table.head(12).to_html()}"
+        parts += [f"<p>{title} ({len(table)} rows)</p>{table.head(12).to_html(na_rep='')}"
                   for title, table in self.tables.items()]
         for caption, image in self.pictures:
             file = io.BytesIO()
@@ -3573,8 +3574,10 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         rows.append({**row, "status": "done" if done.exists() else "unfinished",
                      "folder": path.parent})
     if not rows:
-        raise FileNotFoundError(f"No runs in {Path(folder).name!r}. Run notebook 03 first, "
-                                "or set the folder of a study that has been run.")
+        there = sorted({path.parts[-3] for path in Path(folder).parent.glob("*/*/config.json")})
+        raise FileNotFoundError(
+            f"No runs in {folder}. {f'Studies beside it: {_few(there)}. ' if there else ''}Set the "
+            "folder of a study that has been run, or run one (notebook 04, or make workbook).")
     table = pd.DataFrame(rows)
     study = table["folder"].map(lambda path: path.parent)
     of_demo = study.isin(study[table["stamp"] == "DEMO"]) & table["method"].isin(CONTROLS)
@@ -3844,6 +3847,9 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
         if common[name]:  # workers and notebooks start in other folders
             common[name] = str(Path(common[name]).resolve())
     cells = [common | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    for cell in cells:
+        if cell["dataset"] not in DATASETS and Path(cell["dataset"]).exists():
+            cell["dataset"] = str(Path(cell["dataset"]).resolve())
     return sorted(cells, key=lambda cell: (str(cell["dataset"]), cell["recipe"], cell["seed"]))
 
 
@@ -4356,7 +4362,7 @@ def demo_data(
     return DataSplits(
         name="phantom", **parts, class_names=("clear lungs", "opacities"),
         mean=(float(pixels.mean()),) * 3, std=(float(pixels.std()),) * 3, demo=True,
-        source=f"CT-like slices drawn by demo_data(seed={seed}): no patients, no licence",
+        source=f"CT-like slices drawn by demo_data(seed={seed}): no real patient, no licence",
     )
 
 

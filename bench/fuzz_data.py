@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
@@ -256,6 +255,8 @@ def right_pictures() -> dict[str, np.ndarray]:
 
 def limited(folder: Path, seed: int, data_dir: Path, sender) -> None:
     """For a process of its own: limit its memory, read, send the outcomes and what it claimed."""
+    import resource  # not on Windows, where the tests use the rest of this file
+
     torch.set_num_threads(1)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + MEMORY

@@ -1,6 +1,7 @@
 """Seconds and peak memory of every notebook, as committed, each in a fresh copy of the folder.
 
     python bench/notebooks.py            about four minutes on two cores
+    python bench/notebooks.py 03 06      only these
 
 Memory is that of the kernel and all processes that it starts (proportional set size, so that what
 they share counts once), asked for ten times a second: what a Binder machine must have, with about
@@ -46,7 +47,11 @@ def memory(process: psutil.Process) -> int:
         return 0
 
 
-def main() -> None:
+def main(*chosen: str) -> None:
+    paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
+    if unknown := [c for c in chosen if not any(path.name.startswith(c) for path in paths)]:
+        sys.exit(f"No notebook begins with {', '.join(unknown)}: "
+                 f"choose among {', '.join(path.stem for path in paths)}.")
     print(medssl.describe_environment())
     print("| notebook | seconds | peak memory, GB |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
@@ -56,10 +61,12 @@ def main() -> None:
             {"method": ["random", "SparK"], "label_fraction": [0.25, 1.0], "seed": [0, 1]},
             progress="none", study="workbook", image_size=32, epochs=1, runs_dir=folder / "runs",
             checkpoints_dir=folder / "checkpoints", data_dir=folder / "data")
-        for path in sorted((folder / "notebooks").glob("*.ipynb")):
-            seconds, peak = measure(path, folder)
+        for path in paths:
+            if not path.name.startswith(chosen or ""):
+                continue
+            seconds, peak = measure(folder / "notebooks" / path.name, folder)
             print(f"| {path.stem} | {seconds:.0f} | {peak:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

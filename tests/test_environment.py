@@ -226,6 +226,15 @@ def test_make_passes_only_parameters_that_the_notebooks_have():
         assert set(re.findall(r" -[rp] (\w+) ", line)) <= set(known)
 
 
+@pytest.mark.parametrize("given, meant", [
+    ("organsmnist", "organsmnist"), ("tests", f"{ROOT}/tests"), (f"{ROOT}/tests", f"{ROOT}/tests"),
+])
+def test_make_names_a_folder_of_images_so_that_notebooks_find_it(given, meant):
+    plan = subprocess.run(["make", "-n", "workbook", f"DATASET={given}"], cwd=ROOT, check=True,
+                          capture_output=True, text=True).stdout
+    assert f'-r dataset "{meant}"' in plan and f"['{meant}']" in plan
+
+
 def test_an_old_python_is_refused_with_the_way_out(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)

@@ -75,6 +75,29 @@ def test_map_has_a_point_for_each_image(looked_inside, projection, kept):
     assert kept in words
 
 
+def test_no_network_is_kept_once_its_features_are_known(looked_inside):
+    def networks(thing):
+        inner = thing.values() if isinstance(thing, dict) else thing
+        return [thing] if isinstance(thing, nn.Module) else [
+            net for part in inner for net in networks(part)
+        ] if isinstance(thing, (dict, list, tuple)) else []
+
+    kept = {name: len(found) for name, thing in looked_inside.items() if (found := networks(thing))}
+    assert set(kept) == {"net", "tuned", "fresh", "scrambled", "viewable"}  # one, tuned, and random
+    assert kept["tuned"] == len(looked_inside["runs"]) == 1
+
+
+def test_any_other_file_is_a_file_and_no_folder(looked_inside, tmp_path):
+    (tmp_path / "exported").mkdir()
+    offered = [tmp_path / "a.ckpt", tmp_path / "exported" / "b.safetensors"]
+    for path in (*offered, tmp_path / ".c.ckpt", tmp_path / "checksums.json"):
+        path.touch()
+    scope = run_cells(STEM, "files = [checkpoint]", **{
+        **looked_inside, "checkpoint": "", "checkpoints_dir": str(tmp_path), "widgets": False,
+        "examine": lambda path: None})
+    assert scope["files"] == [str(path) for path in offered]
+
+
 # --- what the fine-tuned network looks at ---------------------------------------------------------
 
 
@@ -125,7 +148,7 @@ def test_likeness_of_a_flat_map_is_undefined_and_never_a_number(looked_inside):
 
 
 def test_layers_that_moved_are_measured(looked_inside):
-    net = copy.deepcopy(looked_inside["networks"]["SparK"][0])
+    net = copy.deepcopy(looked_inside["load"]("SparK")[0])
     for name, weight in net.layer3[2].named_parameters():
         if "conv" in name:
             weight.data *= 1.1
@@ -144,10 +167,10 @@ def test_a_finished_run_is_looked_into_again(looked_inside):
 
 
 def test_a_run_from_other_weights_is_refused(looked_inside):
-    others = {k: v for k, v in looked_inside["networks"].items() if k != "SparK"}
+    others = {k: v for k, v in looked_inside["reports"].items() if k != "SparK"}
     with pytest.raises(ValueError, match="other starting weights"):
         run_cells(STEM, "for run in map(medssl.load_run", **{
-            **looked_inside, "runs": {}, "networks": others,
+            **looked_inside, "runs": {}, "reports": others,
             "run_dirs": [str(looked_inside["runs"]["SparK"].folder)]})
 
 

@@ -512,3 +512,13 @@ def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp
     assert all(words in title for words in ("3 seeds", "95% interval", "new test set", "60 test"))
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["random", "BYOL"]
     assert axis.get_lines()[0].get_color() == medssl.METHOD_COLORS["random"]
+
+
+def test_a_folder_without_runs_is_named_with_the_studies_beside_it(tmp_path):
+    for study in ("mine", "yours"):
+        (tmp_path / study / "run").mkdir(parents=True)
+        (tmp_path / study / "run" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="No runs in .*Studies beside it: mine, yours"):
+        medssl.load_runs(tmp_path / "theirs")
+    with pytest.raises(FileNotFoundError, match="theirs. Set the folder of a study"):
+        medssl.load_runs(tmp_path / "nothing" / "theirs")

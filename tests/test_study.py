@@ -401,6 +401,14 @@ def test_a_parameter_that_the_notebook_lacks_is_named(log, notebook):
     assert "Parameter of 03_tiny.ipynb 'lr' is not known" in table["error"][0]
 
 
+def test_a_folder_is_named_as_seen_from_here_and_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "phantom"):  # a data set's name is no folder, even where there is one
+        (tmp_path / name).mkdir()
+    cells = medssl._cells({"dataset": ["mine", "phantom", "not there"]}, {})
+    assert [cell["dataset"] for cell in cells] == [str(tmp_path / "mine"), "not there", "phantom"]
+
+
 # --- bench/study.py ----------------------------------------------------------------------------
 
 
