@@ -2012,7 +2012,8 @@ def _read_image(path: Path, options: ReadOptions) -> _Reading:
         try:
             image = Image.open(file, formats=IMAGE_FORMATS)
         except UnidentifiedImageError:
-            what = _what(_beginning(path)) if isinstance(path, Path) else "something else"   # within a zip
+            within_zip = not isinstance(path, Path)
+            what = "something else" if within_zip else _what(_beginning(path))
             raise ValueError(f"no PNG, JPEG, TIFF or BMP image but {what}") from None
         kind = "JPEG" if image.format == "MPO" else image.format     # a JPEG with a preview
         count = image.n_frames if kind == "TIFF" else 1
@@ -4005,8 +4006,10 @@ def run_notebook(
     for name in parameters:
         check_choice(name, known, f"Parameter of {Path(notebook).name}")
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(str(notebook), str(output), dict(parameters), progress_bar=False,
-                               cwd=str(Path(notebook).parent), kernel_name="python3")
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # or it warns at each start that it isn't encrypted
+    papermill.execute_notebook(
+        str(notebook), str(output), dict(parameters), progress_bar=False, extra_arguments=quiet,
+        cwd=str(Path(notebook).parent), kernel_name="python3")
     return Path(output)
 
 
