@@ -236,7 +236,7 @@ def test_a_control_beside_stand_ins_is_part_of_the_demo(tmp_path):
 
 
 def test_load_runs_says_when_there_is_nothing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="notebook 03"):
+    with pytest.raises(FileNotFoundError, match="notebook 04, or make workbook"):
         medssl.load_runs(tmp_path)
 
 
