@@ -51,8 +51,9 @@ export GRID
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
 
-# Notebook 02 runs beside the grid; the last four need nothing but its runs: side by side, WORKERS
-# at a time. The parameters that each is given:
+# 04 and 05 need the grid's runs; 02 runs beside the grid, and so do 06 and 07 in a demo, one after
+# another, so that no core waits. Real ones come after it: they would take the GPU's memory from it.
+# The parameters that each is given:
 GIVE_01 := -r weights "$(WEIGHTS)"
 GIVE_02 := -r weights "$(WEIGHTS)"
 # Notebooks run in their own folder, so a folder of images is named from the root.
@@ -64,11 +65,13 @@ GIVE_04 = -r weights "$(WEIGHTS)" -r recipe "$(RECIPE)" -r study "$(STUDY)" -y "
 GIVE_05 := -r study_dir "../$(OUT)"
 GIVE_06 = -r weights "$(WEIGHTS)" -r dataset "$(DATA)" -r recipe "$(RECIPE)"
 GIVE_07 := -r weights "$(WEIGHTS)"
-AFTER := 06_look_inside 07_use_your_own_data 04_run_study 05_compare_results  # the longest first
+DEMO := $(filter stand-in_phantom_demo,$(WEIGHTS)_$(DATASET)_$(RECIPE))
+BESIDE := 06_look_inside 07_use_your_own_data
+AFTER := 04_run_study 05_compare_results
 
 workbook: $(READY)  ## run the notebooks into runs/workbook, from the checkpoints to the comparison
 	@mkdir -p "$(OUT)"
-	@$(MAKE) --no-print-directory -j "$(WORKERS)" run-02_load_and_check_keys $(AFTER:%=run-%)
+	@$(MAKE) --no-print-directory -j "$(WORKERS)" $(BESIDE:%=run-%) $(AFTER:%=run-%)
 	@echo "Done. Read $(OUT)/05_compare_results.ipynb first: which method wins, and is it noise?"
 	@echo "Each folder in $(OUT) is one run: its notebook.ipynb, its scores in metrics.json."
 	@echo "\`make lab\` opens the notebooks."
@@ -78,6 +81,7 @@ grid: run-01_download_checkpoints
 	    "$(WEIGHTS)" "$(DATASET)" "$(RECIPE)" "$(STUDY)" "$(WORKERS)"
 
 run-02_load_and_check_keys: run-01_download_checkpoints
+$(BESIDE:%=run-%): run-02_load_and_check_keys $(if $(DEMO),,grid)
 $(AFTER:%=run-%): grid
 
 run-%: $(READY)
