@@ -334,8 +334,9 @@ def _transfer(
                 time.sleep(min(0.25 * 2**attempt, 30))
                 continue
             kept = f" What arrived is kept in {part}; the next call goes on from there."
-            raise CheckpointError(f"{url} cannot be fetched into {part}: {error}. It gave up after "
-                                  f"{attempt} attempts.{kept * part.exists()}") from error
+            tried = f" It gave up after {attempt} attempts." if passing else ""
+            raise CheckpointError(f"{url} cannot be fetched into {part}: {error}.{tried}"
+                                  f"{kept * part.exists()}") from error
     part.with_suffix(".origin").unlink(missing_ok=True)
     if problem := _file_problem(part, expected):
         raise CheckpointError(f"{_set_aside(part, problem)}. It came from {url}.")
@@ -1902,7 +1903,7 @@ def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
             pixels = math.prod(known["shape"]) * np.dtype(dtype).itemsize
             broken = [path for path, fact in zip(paths, known["facts"]) if fact["reason"]]
             whole = cache.stat().st_size == pixels
-        except (OSError, ValueError):
+        except (OSError, ValueError, KeyError, TypeError):
             whole = False
         # What was broken is tried again: a right or a decoder may have been added.
         if not whole or not all(fact["reason"] for fact, _ in _read_files(broken, read)):
@@ -2632,14 +2633,20 @@ class Preprocessing:
         x = images.float().div(255)
         channels = [x] * 3 if x.ndim == 3 else x.unbind(3)
         # numbers, not tensors: nothing is copied to a GPU, so no step waits for it
-        x = torch.stack([(c - m) / s for c, m, s in zip(channels, self.mean, self.std)], 1)
+        statistics = zip(channels, self.mean, self.std, strict=True)
+        x = torch.stack([(c - m) / s for c, m, s in statistics], 1)      # (N, 3, H, W)
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, size=(self.image_size, self.image_size), mode="area")
         return x.contiguous(memory_format=torch.channels_last)
 
 
 def augment_batch(x: torch.Tensor, names: Sequence[str], draws: torch.Tensor) -> torch.Tensor:
-    """Augment a batch (N, 3, S, S) by uniform random numbers in [0, 1), (N, 6), on its device."""
+    """Return a batch (N, 3, S, S) augmented by `names`, as FineTuneConfig lists them.
+
+    Args:
+        draws: (N, 6) uniform random numbers in [0, 1) on the batch's device: whether to flip
+            upside down and left to right, then angle, scale, and shift along x and y.
+    """
     for column, (name, axis) in enumerate((("flip_ud", 2), ("flip_lr", 3))):
         if name in names:
             x = torch.where(draws[:, column].view(-1, 1, 1, 1) < 0.5, x.flip(axis), x)
@@ -4025,8 +4032,9 @@ def _run_in_notebook(cell: Mapping[str, Any]) -> None:
     load_run(folder)  # raises if the run isn't done, whatever the notebook says
 
 
-def _run_cell(cell: Mapping[str, Any]) -> str | None:
-    """Run one cell in this process; return "", why it failed, or None: another process is at it."""
+def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> str | None:
+    """Run one cell in this process; return "", why it failed, or None: another process is at it.
+    `moment` makes each call another one, for executors that remember results, as Dask's does."""
     if not _one_at_a_time.acquire(blocking=False):
         return ("Two runs at once in one process would share random state. Give every worker one "
                 "thread (Dask: threads_per_worker=1).")
@@ -4075,7 +4083,7 @@ def _work_off(
                 i, worker = waiting.popleft(), free.pop()
                 here = {"device": worker["device"]} if cells[i]["device"] == "auto" else {}
                 submit = worker["pool"].submit if worker["pool"] else _call
-                future = submit(_run_cell, {**cells[i], **here})
+                future = submit(_run_cell, {**cells[i], **here}, time.time_ns())
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
             i, worker = running.pop(future := ended.get())

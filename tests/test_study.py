@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import (
+    BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor,
+)
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -407,6 +409,29 @@ def test_a_folder_is_named_as_seen_from_here_and_found_from_elsewhere(tmp_path, 
         (tmp_path / name).mkdir()
     cells = medssl._cells({"dataset": ["mine", "phantom", "not there"]}, {})
     assert [cell["dataset"] for cell in cells] == [str(tmp_path / "mine"), "not there", "phantom"]
+
+
+class Remembering(Executor):
+    """Answers the same call with the result of the first one, as Dask's executor does."""
+
+    def __init__(self):
+        self.results = {}
+
+    def submit(self, fn, *args):
+        future, key = Future(), repr(args)
+        if key not in self.results:
+            self.results[key] = fn(*args)
+        future.set_result(self.results[key])
+        return future
+
+
+def test_a_run_that_was_busy_is_asked_for_anew_of_an_executor_that_remembers(monkeypatch):
+    answers = iter([None, None, ""])  # twice another process is at it
+    monkeypatch.setattr(medssl, "_run_cell", lambda *_: next(answers))
+    monkeypatch.setattr(medssl.time, "sleep", lambda _: calls.append(1) or len(calls) < 9 or 1 / 0)
+    calls = []
+    worker = {"pool": Remembering(), "device": "cpu"}
+    assert list(medssl._work_off([{"device": "cpu"}], [worker])) == [(0, "")]
 
 
 # --- bench/study.py ----------------------------------------------------------------------------
