@@ -213,7 +213,7 @@ def test_what_failed_is_done_by_the_next_call(log):
 def test_a_run_of_another_process_is_looked_at_again_at_the_end(log, monkeypatch):
     order = []
 
-    def busy_once(cell):
+    def busy_once(cell, moment):
         order.append(cell["seed"])
         return None if order == [0] else tiny_study.run_cell(cell)
 
@@ -261,7 +261,7 @@ def test_more_workers_than_gpus_share_them(monkeypatch):
 
 def test_a_device_that_was_asked_for_is_kept(monkeypatch):
     given = []
-    monkeypatch.setattr(medssl, "_run_cell", lambda cell: given.append(cell["device"]) or "")
+    monkeypatch.setattr(medssl, "_run_cell", lambda cell, _: given.append(cell["device"]) or "")
     list(medssl._work_off([{"device": "cuda:7"}, {"device": "auto"}],
                           [{"pool": None, "device": "cuda:0"}]))
     assert given == ["cuda:7", "cuda:0"]

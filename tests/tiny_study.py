@@ -92,20 +92,20 @@ def install(put=setattr) -> None:
         put(medssl, name, value)
 
 
-def run_cell(cell):
+def run_cell(cell, moment=0):
     """Stands in for the module's `_run_cell`."""
     if medssl.add_head is not add_head:  # in a worker
         install()
     RUNNING.clear()
     RUNNING.update(cell)
-    return REAL["_run_cell"](cell)
+    return REAL["_run_cell"](cell, moment)
 
 
-def run_cell_on_cpu(cell):
+def run_cell_on_cpu(cell, moment=0):
     """Stands in for `_run_cell` where GPUs are only said to be there: notes which was given."""
     with open(Path(cell["data_dir"], "devices"), "a") as file:
         file.write(f"{os.getpid()} {cell['device']}\n")
-    return run_cell({**cell, "device": "cpu"})
+    return run_cell({**cell, "device": "cpu"}, moment)
 
 
 def time_steps(cell):
