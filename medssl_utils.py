@@ -2534,6 +2534,9 @@ class FineTuneConfig:
             so this is another experiment than a whole batch.
         lr_candidates: peak rates of the head to try, the backbone's in proportion; validation
             picks one. None by default. A fair race between methods gives each the same list.
+        compile: run the network's training pass through `torch.compile`; rounding changes.
+        cuda_graph: record the training step once as a CUDA graph and replay it, so that the CPU
+            has next to nothing to do; the computation stays the same. Needs a CUDA GPU.
     """
 
     recipe: str = "recommended"
@@ -2555,6 +2558,8 @@ class FineTuneConfig:
     class_weights: bool = False  # convention: off; AUC does not depend on the class shares
     accumulate: int = 1  # convention: off; BatchNorm would see parts of a batch
     lr_candidates: tuple[float, ...] = ()  # convention: off; it multiplies the cost
+    compile: bool = False  # measured: no gain on a CPU, and a minute to begin (step.py)
+    cuda_graph: bool = False  # convention: off until it was measured on a GPU (step.py)
 
     def __post_init__(self) -> None:
         check_choice(self.recipe, RECIPES, "recipe")
@@ -2835,10 +2840,75 @@ class BusyError(TrainingError):
     """Another process is writing this run."""
 
 
+class _Step:
+    """A training step on batches of one size in one phase; compiled or recorded if asked for.
+
+    Recording follows PyTorch's notes on CUDA graphs: some steps on a side stream come first.
+    These are steps of the training like all others, so nothing has to be undone.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: torch.Tensor, labels: torch.Tensor,
+        optimizer: torch.optim.Optimizer, config: FineTuneConfig, preprocessing: Preprocessing,
+        *, compiled: bool,
+    ) -> None:
+        self.model = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.images, self.labels, self.optimizer = images, labels, optimizer
+        self.config, self.preprocessing = config, preprocessing
+        self.weight = (_class_weights(labels, model.fc.out_features)
+                       if config.class_weights else None)
+        self.device, self.precision = labels.device, _precision(config, labels.device)
+        self.graph, self.side, self.warm_ups = None, None, 0
+
+    def __call__(self, *given: Any) -> torch.Tensor:
+        """Train on the images `index` (B,), with random numbers (B, 6) and the two rates.
+        Return the loss, which stays on the device."""
+        if not self.config.cuda_graph:
+            return self._take(*given)
+        with torch.cuda.device(self.device):
+            if self.warm_ups < 3:
+                return self._warm_up(*given)
+            if self.graph is None:
+                self.given, self.graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graph):  # records, computes nothing
+                    self.loss = self._take(*self.given)
+            for recorded, new in zip(self.given, given, strict=True):
+                recorded.copy_(new)
+            self.graph.replay()
+        return self.loss
+
+    def _warm_up(self, *given: torch.Tensor) -> torch.Tensor:
+        """Take the step on a side stream."""
+        self.warm_ups += 1
+        self.side, here = self.side or torch.cuda.Stream(), torch.cuda.current_stream()
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side):
+            loss = self._take(*given)
+        here.wait_stream(self.side)
+        return loss
+
+    def _take(self, index: torch.Tensor, draws: torch.Tensor, rates: Any) -> torch.Tensor:
+        """Forward, backward, optimizer."""
+        parts, loss = self.config.accumulate, torch.zeros((), device=self.device)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group.update(lr=rate, capturable=self.graph is not None)
+        self.optimizer.zero_grad()
+        for some, drawn in zip(index.chunk(parts), draws.chunk(parts), strict=True):
+            x = self.preprocessing(self.images[some])
+            x = augment_batch(x, self.config.augment, drawn)             # (B, 3, S, S)
+            with _autocast(self.precision, self.device):
+                part = _loss(self.model(x), self.labels[some], self.weight)
+            part = part * (len(some) / len(index))
+            part.backward()
+            loss += part.detach()
+        self.optimizer.step()
+        return loss
+
+
 def train_one_epoch(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, optimizer: torch.optim.Optimizer,
     config: FineTuneConfig, preprocessing: Preprocessing, *, epoch: int, seed: int,
-    tick: Callable[[int], Any] = lambda images: None,
+    tick: Callable[[int], Any] = lambda images: None, kept: dict[tuple, _Step] | None = None,
 ) -> tuple[float, int | None, torch.Tensor]:
     """Train once over the images; every random choice follows from `seed` and `epoch`.
 
@@ -2846,6 +2916,8 @@ def train_one_epoch(
         images: (N, H, W) or (N, H, W, 3) on the device of the model.
         labels: (N,) int64, same device.
         tick: called with the number of images after each step, for a progress bar.
+        kept: the same dict for all epochs on these objects, so that a step is compiled or
+            recorded once for all of them.
 
     Returns:
         The mean loss, the first step whose loss was not finite (None if all were), and the
@@ -2859,22 +2931,20 @@ def train_one_epoch(
     order = torch.cat(batches).to(device).split([len(batch) for batch in batches])
     draws = torch.rand(len(labels), 6, generator=rng).to(device)
     losses = torch.zeros(len(batches), device=device)
-    weight = _class_weights(labels, model.fc.out_features) if config.class_weights else None
-    steps, precision = len(batches) * config.epochs, _precision(config, device)
-    with _numerics(precision):
-        for step, batch in enumerate(order):
-            factor = lr_factor(config, epoch * len(batches) + step, steps)
-            optimizer.param_groups[0]["lr"] = phase.backbone_lr * factor
-            optimizer.param_groups[1]["lr"] = phase.lr * factor
-            optimizer.zero_grad()
-            for index in batch.chunk(config.accumulate):
-                x = augment_batch(preprocessing(images[index]), config.augment, draws[index])
-                with _autocast(precision, device):                       # x: (B, 3, S, S)
-                    loss = _loss(model(x), labels[index], weight) * (len(index) / len(batch))
-                loss.backward()
-                losses[step] += loss.detach()  # stays on the device: read once an epoch
-            optimizer.step()
-            tick(len(batch))
+    first, steps = epoch * len(batches), config.epochs * len(batches)
+    factors = [lr_factor(config, first + step, steps) for step in range(len(batches))]
+    rates = np.float32([(phase.backbone_lr * f, phase.lr * f) for f in factors])
+    # a graph would repeat numbers, so it reads them from memory, as float32
+    rates = torch.tensor(rates, device=device) if config.cuda_graph else rates.tolist()
+    kept = {} if kept is None else kept
+    with _numerics(_precision(config, device)):
+        for step, index in enumerate(order):
+            key = phase.trainable, len(index)
+            if key not in kept:
+                kept[key] = _Step(model, images, labels, optimizer, config, preprocessing,
+                                  compiled=config.compile and len(index) == len(order[0]))
+            losses[step] = kept[key](index, draws[index], rates[step])  # read once an epoch
+            tick(len(index))
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     return losses.mean().item(), bad[0] if bad else None, batches[bad[0] if bad else 0]
 
@@ -3029,7 +3099,7 @@ def _train(
     """
     device = next(model.parameters()).device
     images, labels = (torch.as_tensor(a).to(device) for a in (train.images, train.labels))
-    optimizer, history, best = make_optimizer(model, config), [], {}
+    optimizer, history, best, kept = make_optimizer(model, config), [], {}, {}
     if (folder / resume).exists():
         state = torch.load(folder / resume, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
@@ -3041,7 +3111,7 @@ def _train(
         began = time.perf_counter()
         loss, bad, batch = train_one_epoch(
             model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed,
-            tick=shown.bar.update)
+            tick=shown.bar.update, kept=kept)
         if bad is not None:
             if best:
                 _save_weights(folder / "best.safetensors", best)
@@ -3050,7 +3120,7 @@ def _train(
                 f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs, if "
                 f"any, are kept in {folder.name}. Check these images, or lower lr "
                 f"(now {config.lr:g}).")
-        of_backbone, of_head = (group["lr"] for group in optimizer.param_groups)
+        of_backbone, of_head = (float(f"{group['lr']:.6g}") for group in optimizer.param_groups)
         validation = evaluate(model, val, prep, precision=_precision(config, device))
         history.append({"epoch": epoch, "train_loss": loss, "lr": of_head,
                         "backbone_lr": of_backbone, **_validated(validation, began)})
@@ -3256,6 +3326,9 @@ def fine_tune(
     """
     config = config or FineTuneConfig()
     where = pick_device(device)
+    if config.cuda_graph and where.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a CUDA GPU, and this run is on {where}. "
+                         "Set cuda_graph=False.")
     _check_trainable(config, data)
     checks = check_splits(data)
     checks.raise_for_errors()
@@ -3939,7 +4012,7 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _time_steps(cell: Mapping[str, Any], steps: int = 1) -> float:
     """Return the median seconds per image of a few passes of `steps`, the first left out."""
     config, data = _cell_data(cell)
-    device, times = pick_device(cell["device"]), []
+    device, times, kept = pick_device(cell["device"]), [], {}
     net = add_head(load_backbone("random")[0], len(data.class_names), 0)
     net = net.to(device, memory_format=torch.channels_last)
     images, labels = (torch.as_tensor(a[:steps * config.batch_size]).to(device)
@@ -3948,7 +4021,7 @@ def _time_steps(cell: Mapping[str, Any], steps: int = 1) -> float:
     while len(times) < 2 or sum(times) < 0.3:
         began = time.perf_counter()
         train_one_epoch(net, images, labels, optimizer, config, prep, seed=0,
-                        epoch=config.epochs - 1)
+                        epoch=config.epochs - 1, kept=kept)
         times.append(time.perf_counter() - began)
     return float(np.median(times[1:])) / len(labels)
 

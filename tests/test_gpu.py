@@ -30,8 +30,8 @@ def backbone():
 
 
 def run(backbone, data, folder, **changes) -> medssl.Run:
-    config = medssl.FineTuneConfig.named("demo", epochs=3, image_size=64,
-                                         augment=("flip_lr", "affine"), **changes)
+    config = medssl.FineTuneConfig.named("demo", **{
+        "epochs": 3, "image_size": 64, "augment": ("flip_lr", "affine"), **changes})
     return medssl.fine_tune(*backbone, data, config, runs_dir=folder, device=DEVICE,
                             progress="none")
 
@@ -50,6 +50,25 @@ def same(run: medssl.Run, other: medssl.Run) -> bool:
 def test_same_seed_gives_the_same_bits(backbone, data, tmp_path, precision):
     assert same(run(backbone, data, tmp_path / "once", precision=precision),
                 run(backbone, data, tmp_path / "again", precision=precision))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA has graphs")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_recorded_step_gives_the_bits_of_a_plain_one(backbone, data, tmp_path, precision):
+    """Recorded in the second epoch, replayed with the rates and the images of each step."""
+    settings = {"precision": precision, "batch_size": 8, "epochs": 4}
+    assert same(run(backbone, data, tmp_path, **settings),
+                run(backbone, data, tmp_path, cuda_graph=True, **settings))
+
+
+def test_a_compiled_step_learns_as_a_plain_one_does(backbone, tmp_path):
+    """Test AUC above .85 and within .08; with a graph too where there are graphs."""
+    data, auc = medssl.demo_data(), []
+    for change in {}, {"compile": True}, {"compile": True, "cuda_graph": DEVICE == "cuda"}:
+        config = medssl.FineTuneConfig.named("demo", **change)
+        auc.append(medssl.fine_tune(*backbone, data, config, runs_dir=tmp_path, device=DEVICE,
+                                    progress="none").metrics["AUC"])
+    assert min(auc) > 0.85 and max(auc) - min(auc) < 0.08, auc
 
 
 def test_an_interrupted_run_goes_on_to_the_same_bits(backbone, data, tmp_path, monkeypatch):
@@ -80,9 +99,10 @@ def test_every_precision_learns_the_phantoms_as_well(backbone, tmp_path):
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA says when a step waits")
-def test_no_step_waits_for_the_gpu(backbone, data):
+@pytest.mark.parametrize("graph", [False, True])
+def test_no_step_waits_for_the_gpu(backbone, data, graph):
     """Between two steps nothing may ask the GPU for an answer: that would raise an error."""
-    config = medssl.FineTuneConfig(batch_size=8, image_size=64, freeze_epochs=0)
+    config = medssl.FineTuneConfig(batch_size=8, image_size=64, freeze_epochs=0, cuda_graph=graph)
     net = medssl.add_head(backbone[0], 2, 0).to(DEVICE, memory_format=torch.channels_last)
     images, labels = (torch.as_tensor(part).to(DEVICE)
                       for part in (data.train.images, data.train.labels))
@@ -94,9 +114,13 @@ def test_no_step_waits_for_the_gpu(backbone, data):
         torch.cuda.set_sync_debug_mode("default" if len(seen) == steps else "error")
 
     prep = medssl.preprocessing_for(dataclasses.replace(config, normalise="dataset"), data, "random")
+    optimizer, kept = medssl.make_optimizer(net, config), {}
+    for epoch in range(4 * graph):  # until steps of both sizes are recorded
+        medssl.train_one_epoch(net, images, labels, optimizer, config, prep, epoch=epoch, seed=0,
+                               kept=kept)
     try:
-        medssl.train_one_epoch(net, images, labels, medssl.make_optimizer(net, config), config,
-                               prep, epoch=1, seed=0, tick=watch)
+        medssl.train_one_epoch(net, images, labels, optimizer, config, prep, epoch=4, seed=0,
+                               tick=watch, kept=kept)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) == steps

@@ -1,6 +1,7 @@
 """The training engine: phases, recipes, repeatability, the run folder."""
 
 import dataclasses
+import functools
 import inspect
 import re
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import fake_cuda_graph
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -235,6 +238,53 @@ def test_a_gpu_is_told_to_repeat_itself_in_the_precision_asked_for_backwards_too
     assert before == (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
 
 
+def train_tiny(toy, config) -> dict[str, torch.Tensor]:
+    """Train as `fine_tune` does and return the weights."""
+    torch.manual_seed(0)
+    net = TinyNet().to(memory_format=torch.channels_last)
+    images, labels = torch.as_tensor(toy.train.images), torch.as_tensor(toy.train.labels)
+    optimizer, kept = medssl.make_optimizer(net, config), {}
+    prep = medssl.preprocessing_for(config, toy, "random")
+    for epoch in range(config.epochs):
+        medssl.train_one_epoch(net, images, labels, optimizer, config, prep, epoch=epoch, seed=5,
+                               kept=kept)
+    return net.state_dict()
+
+
+@pytest.mark.parametrize("recipe, change", [
+    ("recommended", {"augment": ("flip_lr", "affine"), "class_weights": True}),
+    ("recommended", {"accumulate": 2}), ("paper", {})])
+def test_a_recorded_step_gives_the_bits_of_a_plain_one(toy, monkeypatch, recipe, change):
+    """Across phases, schedule and batches of two sizes; the graph is acted out on the CPU."""
+    config = FineTuneConfig.named(recipe, epochs=6, freeze_epochs=1, batch_size=7,
+                                  image_size=SIZE, precision="fp32", **change)
+    plain = train_tiny(toy, config)
+    fake_cuda_graph.install(monkeypatch.setattr)
+    recorded = train_tiny(toy, dataclasses.replace(config, cuda_graph=True))
+    # 24 images: 3 batches of 7 and one of 3 an epoch; three steps of each size come first
+    assert [graph.replays for graph in fake_cuda_graph.Graph.made] == [5 * 3 - 3, 5 - 3]
+    assert all(torch.equal(plain[name], recorded[name]) for name in plain)
+
+
+def test_a_recorded_run_needs_a_gpu(backbone, toy, tmp_path):
+    with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA GPU, and this run is on"):
+        run_quick(backbone, toy, tmp_path, dataclasses.replace(QUICK, cuda_graph=True))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_compiled_step_trains_alike_and_a_warm_process_compiles_once(toy, monkeypatch):
+    """Without the slow last stage of the compiler, which `bench/step.py` runs."""
+    config = FineTuneConfig(epochs=3, freeze_epochs=1, batch_size=7, image_size=SIZE,
+                            precision="fp32")
+    plain, compiler = train_tiny(toy, config), CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    for _ in range(3):  # runs
+        compiled = train_tiny(toy, dataclasses.replace(config, compile=True))
+        assert compiler.frame_count == 2  # with a frozen backbone, and without
+    for name in plain:
+        torch.testing.assert_close(plain[name], compiled[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 class Copies(TorchDispatchMode):
     """Counts what goes from the processor to a GPU."""
 
@@ -248,29 +298,33 @@ class Copies(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("images", [24, 96])
-def test_no_step_copies_to_the_gpu_or_reads_from_it(images, monkeypatch):
+@pytest.mark.parametrize("images, graph", [(24, False), (96, False), (96, True)])
+def test_no_step_copies_to_the_gpu_or_reads_from_it(images, graph, monkeypatch):
     """On tensors without numbers, which need no GPU: reading one would be an error."""
     config = FineTuneConfig(epochs=2, freeze_epochs=0, batch_size=8, image_size=SIZE,
-                            augment=("flip_ud", "affine"), precision="fp32")
+                            augment=("flip_ud", "affine"), precision="fp32", cuda_graph=graph)
 
     def fill(loss):  # the backward pass asks for a real GPU
         for parameter in net.parameters():
             parameter.grad = torch.zeros_like(parameter)
 
     monkeypatch.setattr(torch.Tensor, "backward", fill)
+    monkeypatch.setattr(medssl._Step, "__call__", medssl._Step._take)  # what would be recorded
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
         with torch.device("cuda"):
             net = TinyNet()
             pixels = torch.zeros(images, SIZE, SIZE, dtype=torch.uint8)
             labels = torch.zeros(images, dtype=torch.int64)
         optimizer = medssl.make_optimizer(net, config)
+        if graph:  # its kernel for rates on the GPU works with numbers only
+            monkeypatch.setattr(optimizer, "step", lambda: None)
         prep, steps = medssl.Preprocessing((0.3,) * 3, (0.2,) * 3, SIZE), []
         with pytest.raises(DynamicOutputShapeException):  # the losses, read at the epoch's end
             medssl.train_one_epoch(net, pixels, labels, optimizer, config, prep, epoch=1, seed=0,
                                    tick=lambda n: steps.append(copies.count))
     assert len(steps) == images // 8
-    assert set(steps) == {2}  # the order and the random numbers, before the first step
+    # order and random numbers (a graph: rates too) are there before the first step
+    assert set(steps) == {3 if graph else 2}
 
 
 def test_recommended_recipe_freezes_the_backbone_and_its_batchnorm():

@@ -1,0 +1,139 @@
+"""One training step, run in each way that the engine knows, and evaluation in batches.
+
+    python bench/step.py                                       five minutes on two CPU cores
+    python bench/step.py --image-size 224 --batch-size 64      on a GPU
+
+All ways train the same network on the same images in turns: a plain NCHW float32 loop that reads
+the loss at each step; the engine in fp32; in bf16 with channels_last; and then, on top of it, with
+`compile`, with `cuda_graph` and with both, as far as the device can. A way's first pass is not part
+of its speed. What it takes longer than the others is its preparation (compiling, recording), and
+the images that must be trained until that is earned back are computed from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+import medssl_utils as medssl  # noqa: E402
+
+CEILING = 10_200  # img/s: training a ResNet50 at 224 px in bf16 on an H200, memory-bound
+
+
+def plain_loop(images: torch.Tensor, labels: torch.Tensor, config: medssl.FineTuneConfig,
+               prep: medssl.Preprocessing) -> Callable[[], None]:
+    """Return one pass of what a textbook writes."""
+    net = medssl.add_head(medssl.load_backbone("random")[0], 2, 0).to(labels.device).train()
+    optimizer = torch.optim.AdamW(net.parameters(), config.lr, fused=False)
+
+    def epoch() -> None:
+        for index in torch.randperm(len(labels)).split(config.batch_size):
+            loss = F.cross_entropy(net(prep(images[index]).contiguous()), labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.item()
+
+    return epoch
+
+
+def engine(images: torch.Tensor, labels: torch.Tensor, config: medssl.FineTuneConfig,
+           prep: medssl.Preprocessing) -> Callable[[], None]:
+    """Return one pass of the engine."""
+    net = medssl.add_head(medssl.load_backbone("random")[0], 2, 0)
+    net = net.to(labels.device, memory_format=torch.channels_last)
+    optimizer, kept = medssl.make_optimizer(net, config), {}
+    return lambda: medssl.train_one_epoch(net, images, labels, optimizer, config, prep, kept=kept,
+                                          epoch=config.epochs - 1, seed=0)
+
+
+def seconds(work: Callable[[], None]) -> float:
+    """Return what `work` takes until the device has done it."""
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def train(ways: dict[str, Callable[[], None]], rounds: int, images: int, cuda: bool) -> None:
+    """Print a row a way: median speed of the rounds, and what its first pass cost on top."""
+    first = {name: seconds(way) for name, way in ways.items()}
+    spent = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            spent[name].append(seconds(way))
+    typical = {name: statistics.median(times) for name, times in spent.items()}
+    base, before = typical["plain loop"], typical["bf16"] / images
+    print(f"\n{'training':<24}{'img/s':>9}{'faster':>8}{'first pass':>12}  earned back after")
+    for name, pass_seconds in typical.items():
+        gained = before - pass_seconds / images
+        extra = first[name] - pass_seconds
+        back = f"{extra / gained:,.0f} images" if gained > 0 else "never"
+        note = back if name.startswith("bf16 +") else ""
+        share = f"  {images / pass_seconds / CEILING:.0%} of the ceiling" if cuda else ""
+        print(f"{name:<24}{images / pass_seconds:>9,.1f}{base / pass_seconds:>7.2f}x"
+              f"{extra:>+10.1f} s  {note}{share}")
+
+
+def evaluation(images: torch.Tensor, prep: medssl.Preprocessing, precision: str,
+               sizes: list[int], rounds: int) -> None:
+    """Print the speed of a forward pass in batches of each size."""
+    net = medssl.load_backbone("random")[0].to(images.device, memory_format=torch.channels_last)
+    print(f"\n{'evaluation, batch':<24}{'img/s':>9}")
+    for size in sizes:
+        some = images[:size].repeat(max(1, min(512, 4 * size) // len(images[:size])), 1, 1)
+
+        def once() -> None:
+            medssl.predict(net, some, prep, batch_size=size, precision=precision)
+
+        once()
+        typical = statistics.median(seconds(once) for _ in range(rounds))
+        print(f"{size:<24}{len(some) / typical:>9,.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=6, help="of a pass; a graph needs four")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    device = medssl.pick_device()
+    cuda, n = device.type == "cuda", args.steps * args.batch_size
+    config = medssl.FineTuneConfig(image_size=args.image_size, batch_size=args.batch_size,
+                                   freeze_epochs=0, precision="fp32", normalise="dataset")
+    data = medssl.demo_data(n_train=max(n, 1024 if cuda else 256), image_size=args.image_size)
+    pixels, labels = (torch.as_tensor(part).to(device)
+                      for part in (data.train.images, data.train.labels))
+    prep = medssl.preprocessing_for(config, data, "random")
+    bf16 = replace(config, precision="bf16")
+    settings = {"fp32": config, "bf16": bf16,
+                "bf16, backbone frozen": replace(bf16, freeze_epochs=config.epochs),
+                "bf16 + compile": replace(bf16, compile=True)}
+    if cuda:
+        settings |= {"bf16 + graph": replace(bf16, cuda_graph=True),
+                     "bf16 + compile + graph": replace(bf16, compile=True, cuda_graph=True)}
+    print(medssl.describe_environment())
+    print(f"{args.image_size} px, batch {args.batch_size}, passes of {args.steps} steps, "
+          f"{args.rounds} rounds in turns, {torch.get_num_threads()} threads")
+    ways = {"plain loop": plain_loop(pixels[:n], labels[:n], config, prep)}
+    ways |= {name: engine(pixels[:n], labels[:n], each, prep) for name, each in settings.items()}
+    train(ways, args.rounds, n, cuda)
+    evaluation(pixels, prep, medssl._precision(bf16, device),
+               [1, 64, 256, 1024] if cuda else [1, 16, 64, 256], args.rounds)
+
+
+if __name__ == "__main__":
+    main()
