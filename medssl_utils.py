@@ -3098,7 +3098,9 @@ def _train(
         save_at: ... and after this many epochs (0: never).
     """
     device = next(model.parameters()).device
-    images, labels = (torch.as_tensor(a).to(device) for a in (train.images, train.labels))
+    images, labels, held_out = (torch.as_tensor(array).to(device)
+                                for array in (train.images, train.labels, val.images))
+    val = replace(val, images=held_out)
     optimizer, history, best, kept = make_optimizer(model, config), [], {}, {}
     if (folder / resume).exists():
         state = torch.load(folder / resume, map_location=device, weights_only=True)
