@@ -3799,8 +3799,10 @@ def describe_comparison(table: pd.DataFrame) -> str:
         unclear = part[part["p_holm"] >= alpha]
         if len(unclear):
             size = unclear["detectable"].max()
+            hopeless = unclear.loc[~(unclear["detectable"] < 1), "method"]
             power = (f"would show a difference of {size:.2f} four times in five" if size < 1
-                     else "is too small to show any difference reliably")
+                     else "is too small to show any difference reliably"
+                     + f" for {', '.join(hopeless)}" * (len(hopeless) < len(unclear)))
             lines.append(f"{where} no difference shown between {control} and "
                          f"{', '.join(unclear['method'])}. This study {power}.")
         undefined = part[part["p_holm"].isna()]["method"]
