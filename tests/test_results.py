@@ -521,9 +521,25 @@ def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp
     axis = names["draw_curves"](medssl.compare_methods(runs)).axes[0]
     title = axis.get_title()
     assert title.startswith("DEMO")
-    assert all(words in title for words in ("3 seeds", "95% interval", "new test set", "60 test patients"))
+    for words in ("3 seeds", "95% interval", "new test set", "60 test patients"):
+        assert words in title
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["random", "BYOL"]
     assert axis.get_lines()[0].get_color() == medssl.METHOD_COLORS["random"]
+
+
+@pytest.mark.parametrize("known, unit", [
+    (60, "patients"), (30, "patients or images"), (0, "images"),
+])
+def test_notebook_05_names_what_its_intervals_are_over(known, unit, tmp_path):
+    groups = np.array([f"patient {i // 2}" if i < known else "" for i in range(60)])
+    for method in ("random", "BYOL"):
+        for seed in range(2):
+            write_run(tmp_path, method, seed, groups=groups)
+    runs = medssl.load_runs(tmp_path)
+    names = run_cells("05_compare_results", "import medssl_utils", "table = medssl.compare",
+                      device="cpu", runs=runs, done=runs, metric="AUC", control="random",
+                      estimand=medssl.ESTIMANDS[0], per="image", by=[])
+    assert names["unit"] == unit
 
 
 def test_a_folder_without_runs_is_named_with_the_studies_beside_it(tmp_path):
