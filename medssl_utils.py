@@ -4175,9 +4175,9 @@ METHOD_COLORS = {
 def with_alt(figure: Figure, alt: str) -> Figure:
     """Return a closed figure that carries words for a reader who cannot see it.
 
-    Where it is displayed they become the PNG's `alt` metadata, which nbconvert's classic template
-    turns into alt text, and the plain-text output. JupyterLab 4.6 and the other templates leave
-    images without: what a figure says must also stand in a sentence beside it.
+    Where it is displayed they become the PNG's `alt` metadata, which `make html` turns into alt
+    text, and the plain-text output. JupyterLab 4.6 and most of nbconvert's templates leave images
+    without: what a figure says must also stand in a sentence beside it.
     """
     plt.close(figure)
     figure._repr_mimebundle_ = lambda **_: ({"text/plain": alt}, {"image/png": {"alt": alt}})
