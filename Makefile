@@ -91,9 +91,8 @@ run-%: $(READY)
 lab: $(READY)  ## open JupyterLab
 	$(PY) -m jupyterlab notebooks/01_download_checkpoints.ipynb
 
-html: $(READY)  ## write the executed notebooks as linked web pages into runs/html
-	$(PY) -m nbconvert --to html --output-dir runs/html notebooks/*.ipynb
-	$(PY) -c 'import pathlib, re; [p.write_text(re.sub(r"(href=\"\d\d_\w+)\.ipynb", r"\1.html", p.read_text("utf-8")), "utf-8") for p in pathlib.Path("runs/html").glob("*.html")]'
+html: $(READY)  ## write the notebooks, as they ran, as linked web pages into runs/html
+	$(PY) .ci/pages.py . "$(STUDY)"
 
 figures: $(READY)  ## write the pictures of this README from the notebooks' outputs
 	$(PY) .ci/figures.py

@@ -3874,8 +3874,10 @@ def describe_comparison(table: pd.DataFrame) -> str:
         unclear = part[part["p_holm"] >= alpha]
         if len(unclear):
             size = unclear["detectable"].max()
+            hopeless = unclear.loc[~(unclear["detectable"] < 1), "method"]
             power = (f"would show a difference of {size:.2f} four times in five" if size < 1
-                     else "is too small to show any difference reliably")
+                     else "is too small to show any difference reliably"
+                     + f" for {', '.join(hopeless)}" * (len(hopeless) < len(unclear)))
             lines.append(f"{where} no difference shown between {control} and "
                          f"{', '.join(unclear['method'])}. This study {power}.")
         undefined = part[part["p_holm"].isna()]["method"]
@@ -4248,9 +4250,9 @@ METHOD_COLORS = {
 def with_alt(figure: Figure, alt: str) -> Figure:
     """Return a closed figure that carries words for a reader who cannot see it.
 
-    Where it is displayed they become the PNG's `alt` metadata, which nbconvert's classic template
-    turns into alt text, and the plain-text output. JupyterLab 4.6 and the other templates leave
-    images without: what a figure says must also stand in a sentence beside it.
+    Where it is displayed they become the PNG's `alt` metadata, which `make html` turns into alt
+    text, and the plain-text output. JupyterLab 4.6 and most of nbconvert's templates leave images
+    without: what a figure says must also stand in a sentence beside it.
     """
     plt.close(figure)
     figure._repr_mimebundle_ = lambda **_: ({"text/plain": alt}, {"image/png": {"alt": alt}})

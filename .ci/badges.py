@@ -23,6 +23,7 @@ keep_on_drive: bool = False  # on Colab: True keeps checkpoints, data and runs o
 if "google.colab" in sys.modules:
     import os
     from importlib.util import find_spec
+    from urllib.request import urlretrieve
     root = "/content/medssl"
     if keep_on_drive:
         from google.colab import drive
@@ -31,7 +32,7 @@ if "google.colab" in sys.modules:
     os.makedirs(f"{{root}}/notebooks", exist_ok=True)
     os.chdir(f"{{root}}/notebooks")
     helper = "https://raw.githubusercontent.com/{name}/{tag}/medssl_utils.py"
-    !wget -q -O medssl_utils.py {{helper}}
+    urlretrieve(helper, "medssl_utils.py")
     missing = [p for p in {packages} if not find_spec(p)]
     %pip install -q "{gdown}" {{" ".join(missing)}}
     import torch

@@ -1,18 +1,26 @@
 """The list of dependencies, the files that repeat it, and the badges that need the address."""
 
 import ast
+import base64
 import importlib.util
+import io
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+import types
+import urllib.error
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from PIL import Image, ImageColor
+
+import medssl_utils as medssl
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -20,9 +28,17 @@ RUNTIME = PROJECT["dependencies"]
 TEST = PROJECT["optional-dependencies"]["test"]
 EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "test"}
 
-_spec = importlib.util.spec_from_file_location("badges", ROOT / ".ci" / "badges.py")
-badges = importlib.util.module_from_spec(_spec)  # .ci is no package, so not a plain import
-_spec.loader.exec_module(badges)
+
+
+def load_script(name: str):
+    """A script of .ci as a module; .ci is no package, so not a plain import."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+badges, pages, figures = map(load_script, ("badges", "pages", "figures"))
 
 CONDA_NAMES = {"pytorch": "torch", "pytorch-cpu": "torch"}  # conda name -> the one in pyproject
 IMPORT_NAMES = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "ipython": "IPython"}
@@ -176,6 +192,33 @@ def test_colab_cell_follows_the_parameters(copy_of_project):
         assert counts == list(range(1, len(counts) + 1))
 
 
+@pytest.fixture
+def colab_cell(tmp_path, monkeypatch):
+    """Run the Colab cell without pip, in a folder that stands for /content and for the address."""
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    monkeypatch.chdir(tmp_path)
+    source = badges.colab_cell("someone/something", PROJECT).source
+    source = re.sub(r"^ *%pip.*", "", source, flags=re.MULTILINE).replace("/content", str(tmp_path))
+    source = source.replace("https://raw.githubusercontent.com", tmp_path.as_uri())
+    return lambda: exec(compile(source, "colab", "exec"), {})
+
+
+def test_colab_cell_fetches_the_helper_of_the_tag_and_can_run_twice(colab_cell, tmp_path):
+    served = tmp_path / "someone" / "something" / f"v{PROJECT['version']}" / "medssl_utils.py"
+    served.parent.mkdir(parents=True)
+    served.write_text("there")
+    colab_cell()
+    colab_cell()
+    assert (tmp_path / "medssl" / "notebooks" / "medssl_utils.py").read_text() == "there"
+    assert Path.cwd() == tmp_path / "medssl" / "notebooks"
+
+
+def test_colab_cell_stops_where_the_helper_cannot_be_fetched(colab_cell, tmp_path):
+    with pytest.raises(urllib.error.URLError):
+        colab_cell()
+    assert list((tmp_path / "medssl" / "notebooks").iterdir()) == []
+
+
 def test_badges_written_twice_change_nothing(copy_of_project):
     set_address(copy_of_project, "https://github.com/someone/something")
     once = written_files(copy_of_project)
@@ -208,6 +251,53 @@ def test_committed_badges_match_the_address(copy_of_project):
     committed = {p: (ROOT / ("" if p == "README.md" else "notebooks") / p).read_bytes()
                  for p in written_files(copy_of_project)}
     assert written_files(copy_of_project) == committed
+
+
+# --- web pages and pictures ---------------------------------------------------------------------
+
+
+def write_notebook(path: Path, text: str) -> None:
+    """A notebook of some text and one picture that carries words."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    picture = nbformat.v4.new_output(
+        "display_data", {"image/png": base64.b64encode(file.getvalue()).decode()},
+        metadata={"image/png": {"alt": "a black point"}})
+    cells = [nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell("", outputs=[picture])]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), path)
+
+
+def test_web_pages_link_to_each_other_and_keep_the_words_of_pictures(tmp_path):
+    write_notebook(tmp_path / "notebooks" / "01_one.ipynb", "Go on in [two](02_two.ipynb).")
+    write_notebook(tmp_path / "notebooks" / "02_two.ipynb", "as committed")
+    write_notebook(tmp_path / "runs" / "study" / "02_two.ipynb", "as it ran")
+    pages.main(tmp_path, "study")
+    html = {p.name: p.read_text("utf-8") for p in (tmp_path / "runs" / "html").iterdir()}
+    assert sorted(html) == ["01_one.html", "02_two.html"]
+    for text in html.values():
+        assert set(re.findall(r'href="(\w+\.\w+)"', text)) == set(html)
+        assert 'alt="a black point"' in text
+    assert "as it ran" in html["02_two.html"] and "as committed" not in html["02_two.html"]
+
+
+def test_pictures_of_the_readme_are_those_of_the_notebooks(copy_of_project):
+    committed = sorted((ROOT / "notebooks" / "figures").iterdir())
+    figures.main(copy_of_project)
+    assert [p.name for p in committed] == [
+        p.name for p in sorted((copy_of_project / "notebooks" / "figures").iterdir())]
+    for path in committed:
+        one, two = (np.asarray(Image.open(p).convert("RGB"), float) for p in (
+            path, copy_of_project / "notebooks" / "figures" / path.name))
+        assert one.shape == two.shape and np.abs(one - two).mean() < 1, path.name  # 0 to 255
+
+
+def test_pictures_of_the_readme_keep_the_colour_of_each_method():
+    image = Image.open(ROOT / "notebooks" / "figures" / "05_compare_results.png").convert("RGB")
+    pixels = np.asarray(image, int).reshape(-1, 3)
+    colors = {m: ImageColor.getrgb(medssl.METHOD_COLORS[m]) for m in ("random", *medssl.METHODS)}
+    away = {method: np.abs(pixels - color).sum(1).min() for method, color in colors.items()}
+    assert max(away.values()) < 30, away  # of 765
 
 
 # --- make ---------------------------------------------------------------------------------------

@@ -58,5 +58,15 @@ def test_every_recipe_has_its_epochs_and_its_size(recipe):
     assert [int(number) for number in stated.groups()] == [config.epochs, config.image_size]
 
 
+@pytest.mark.parametrize("words", [
+    "sent a web page, not the file", "checkpoint, but", "is not fit for training",
+    "Another process is writing", "Out of memory", "No runs in",
+])
+def test_a_listed_failure_is_in_the_words_of_its_error(words):
+    table = README.split("## When something fails")[1].split("\n## ")[0]
+    assert words in table
+    assert words in Path(medssl.__file__).read_text("utf-8")
+
+
 def test_nothing_is_left_to_fill_in():
     assert re.findall(r"@\w+@|TODO|TBD|XXX", README) == []

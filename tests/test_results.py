@@ -393,6 +393,17 @@ def test_summary_names_a_planted_winner_and_the_estimand(tmp_path):
     assert "no difference shown between random and BYOL." in text
 
 
+@pytest.mark.parametrize("detectable, said", [
+    ((0.04, 0.07), "This study would show a difference of 0.07 four times in five."),
+    ((0.04, 3.0), "This study is too small to show any difference reliably for SparK."),
+    ((np.inf, 3.0), "This study is too small to show any difference reliably."),
+])
+def test_summary_names_the_comparisons_that_can_show_nothing(detectable, said, tmp_path):
+    table = medssl.compare_methods(write_study(tmp_path, {"random": 1, "BYOL": 1, "SparK": 1}))
+    table.loc[table["method"] != "random", "detectable"] = detectable
+    assert said in medssl.describe_comparison(table)
+
+
 def test_summary_knows_that_less_is_better_for_brier(tmp_path):
     runs = write_study(tmp_path, {"random": 0.1, "SparK": 2.5}, seeds=5)
     table = medssl.compare_methods(runs, "Brier")
@@ -505,13 +516,31 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
 def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp_path):
     write_study(tmp_path, {"random": 1, "BYOL": 1})
     runs = write_study(tmp_path, {"random": 1, "BYOL": 1}, label_fraction=0.25)
-    names = run_cells("05_compare_results", "import medssl_utils", "def draw_curves(", device="cpu")
+    names = run_cells("05_compare_results", "import medssl_utils", "def draw_curves(", device="cpu",
+                      unit="patients")
     axis = names["draw_curves"](medssl.compare_methods(runs)).axes[0]
     title = axis.get_title()
     assert title.startswith("DEMO")
-    assert all(words in title for words in ("3 seeds", "95% interval", "new test set", "60 test"))
+    for words in ("3 seeds", "95% interval", "new test set", "60 test patients"):
+        assert words in title
     assert [t.get_text() for t in axis.get_legend().get_texts()] == ["random", "BYOL"]
     assert axis.get_lines()[0].get_color() == medssl.METHOD_COLORS["random"]
+
+
+@pytest.mark.parametrize("known, unit", [
+    (60, "patients"), (30, "patients or images"), (0, "images"),
+])
+def test_notebook_05_names_what_its_intervals_are_over(known, unit, tmp_path):
+    groups = np.array([f"patient {i // 2}" if i < known else "" for i in range(60)])
+    for method in ("random", "BYOL"):
+        for seed in range(2):
+            path = write_run(tmp_path, method, seed, groups=groups)
+            (path / "history.csv").write_text("epoch\n0\n")
+    runs = medssl.load_runs(tmp_path)
+    names = run_cells("05_compare_results", "import medssl_utils", "table = medssl.compare",
+                      device="cpu", runs=runs, done=runs, metric="AUC", control="random",
+                      estimand=medssl.ESTIMANDS[0], per="image", by=[])
+    assert names["unit"] == unit
 
 
 def test_a_folder_without_runs_is_named_with_the_studies_beside_it(tmp_path):
