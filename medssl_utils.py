@@ -846,7 +846,7 @@ class KeyReport:
             as_told = (self.missing_keys == README_MISSING and not self.allow_extra
                        and len(self.unexpected_keys) in known.unexpected)
             text += ("; the keys left out are those that the authors' README names" if as_told
-                     else "; the keys left out are not quite the README's, see the notes")
+                     else "; the keys left out are not quite the README's, see the table")
         stand_in = self.weights == "stand-in"
         return text + ("; STAND-IN: random numbers, no pre-training." if stand_in else ".")
 
@@ -903,6 +903,7 @@ def load_backbone(
     """
     if method is not None:
         check_choice(method, (*METHODS, *CONTROLS), "method")
+    check_choice(weights, ("stand-in", "published"), "weights")
     if cache not in (True, False, "verify"):
         raise ValueError(f"cache={cache!r} is not known. Choose True, False or 'verify'.")
     if path is None and method is None:
@@ -929,7 +930,7 @@ _Loaded = tuple[dict[str, torch.Tensor], KeyReport]  # the 318 tensors, and what
 def _locate(method: str, weights: str, folder: Path) -> Path:
     """Return the stand-in or published file of a method, written or fetched where it is absent."""
     name = CHECKPOINTS[method].filename
-    if check_choice(weights, ("stand-in", "published"), "weights") == "published":
+    if weights == "published":
         # one that is there is checked as it is loaded: no need to read it twice
         return folder / name if (folder / name).is_file() else download_checkpoint(method, folder)
     path = folder / "stand-in" / name
@@ -1122,8 +1123,8 @@ def _sort_rest(
         counts[group] += 1
     if unknown:
         raise CheckpointError(
-            f"it holds keys that a {known.method} checkpoint isn't known to have: {_few(unknown)}. "
-            f"If they may be left out, pass allow_extra={(*allow_extra, *unknown)!r}")
+            f"it holds keys that a {known.method} checkpoint isn't known to have: {_few(unknown)}; "
+            f"if they may be left out, pass allow_extra={(*allow_extra, *unknown)!r}")
     return {group: (counts[group], words[group]) for group in words if counts[group]}
 
 

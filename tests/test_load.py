@@ -211,7 +211,7 @@ def test_an_unknown_group_loads_only_when_allowed_and_is_recorded(tmp_path):
     report = medssl.load_backbone("SwAV", path, allow_extra=extra, cache=False)[1]
     assert report.allow_extra == extra
     assert report.groups["teacher."] == (1, "accepted by allow_extra")
-    assert "not quite the README's" in report.verdict
+    assert "not quite the README's, see the table" in report.verdict
 
 
 def test_a_single_extra_may_be_a_plain_text(tmp_path):
@@ -238,6 +238,7 @@ def test_tensors_that_share_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"method": "BYOl"}, "Did you mean 'BYOL'"),
     ({"method": "BYOL", "weights": "real"}, "weights 'real' is not known"),
+    ({"method": "random", "weights": "standin"}, "Did you mean 'stand-in'"),
     ({"method": "BYOL", "cache": "Verify"}, "cache='Verify' is not known"),
     ({}, "Give a method"),
 ])
