@@ -415,7 +415,7 @@ def _open(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requ
     answer = f"{url} answered with status {response.status_code} ({response.reason})"
     if response.status_code in (408, 429, 500, 502, 503, 504):
         raise requests.ConnectionError(answer)
-    if response.status_code not in (200, 203, 206, *(416,) * bool(have)):
+    if response.status_code not in ((200, 203, 206, 416) if have else (200, 203, 206)):
         raise CheckpointError(f"{answer}.")
     return response
 

@@ -279,6 +279,14 @@ def test_D9_a_part_of_which_nothing_is_said_is_not_joined(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_D9_a_range_of_5000_digits_is_none():
+    digits = "9" * 5000
+    answer = SimpleNamespace(status_code=206, headers={
+        "Content-Range": f"bytes {digits}-{digits}/{digits}"})
+    start, origin = medssl._origin(answer, "url")
+    assert (start, origin["size"]) == (-1, None)
+
+
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": "x", "validator": "y"}'])
 def test_D9_a_partial_file_with_a_damaged_note_is_not_joined(tmp_path, note):
     put_partial(tmp_path)
