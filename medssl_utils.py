@@ -718,6 +718,8 @@ def _zip_records(path: Path) -> dict[str, _Place]:
             count = int.from_bytes(file.read(2), "little")
             if count not in (len(infos), 0xFFFF):
                 raise ValueError(f"it has {len(infos)} records, its end says {count}")
+            if min((info.header_offset for info in infos), default=0):  # readers differ on these
+                raise ValueError("its first record isn't where the file begins")
         except Exception as error:  # zipfile raises half a dozen kinds on a damaged directory
             raise CheckpointError(
                 f"its zip directory is damaged or cut off ({error}): fetch it again") from None

@@ -115,6 +115,15 @@ def test_the_error_names_the_extra_that_accepts_a_pickled_name(tmp_path, monkeyp
     assert found["a"].tolist() == [1, 1]
 
 
+def test_two_files_joined_to_one_are_refused(tmp_path):
+    for value in (1, 2):
+        torch.save({"state_dict": {"a": torch.full((9,), value)}}, tmp_path / f"{value}.ckpt")
+    joined = (tmp_path / "1.ckpt").read_bytes() + (tmp_path / "2.ckpt").read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(joined)  # torch.load reads the one, zipfile the other
+    with pytest.raises(CheckpointError, match="first record isn't where the file begins"):
+        medssl.load_state_dict(tmp_path / "x.ckpt")
+
+
 def test_a_size_too_long_to_print_is_refused(tmp_path):
     path = files.lying(files.CONV, length=1 << 20_000)(tmp_path)
     with pytest.raises(CheckpointError, match="something that is no storage"):
