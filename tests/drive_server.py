@@ -52,6 +52,7 @@ FAULTS = {
     "login": "a login page with status 200",
     "403": "status 403 to everything",
     "404": "status 404 to everything",
+    "304": "status 304 to everything",
     "503": "status 503 to the first two requests",
     "503_always": "status 503 to everything",
     "cut": "the first body ends in the middle; its length was announced",
@@ -62,6 +63,7 @@ FAULTS = {
     "stall_headers": "the connection is accepted and nothing is ever sent",
     "flip": "one bit of the body is wrong; its size is right",
     "no_range": "ranges are ignored; the first body is cut",
+    "unsaid_range": "status 206, which promises a part, and not a word about which",
     "wrong_range": "a range that begins one byte late; the first body is cut",
     "short_range": "each answer holds three fifths of the body at most, and says so",
     "changed": "the first body is cut; from then on it is `other_body`",
@@ -145,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(ConnectionError):  # the client may leave early
             if fault == "stall_headers":
                 drive._closing.wait(PATIENCE)
-            elif fault in ("403", "404"):
+            elif fault in ("403", "404", "304"):
                 self._page(LOGIN_PAGE, int(fault))
             elif fault == "503_always" or (fault == "503" and len(drive.requests) <= 2):
                 self._page("<html>busy</html>", 503)
@@ -193,7 +195,8 @@ class _Handler(BaseHTTPRequestHandler):
             fields |= {"ETag": etag, "Last-Modified": "Mon, 14 Aug 2023 10:00:00 GMT"}
         if start or end < len(body):
             fields["Content-Range"] = f"bytes {start}-{end - 1}/{len(body)}"
-        self._head(206 if "Content-Range" in fields else 200, fields)
+        partial = "Content-Range" in fields or fault == "unsaid_range"
+        self._head(206 if partial else 200, fields)
         self._send(body[start:end], fault, first)
 
     def _start(self, etag: str, fault: str | None) -> int:

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import faulty_checkpoints as files
 import papermill
 import pytest
 import torch
@@ -99,6 +100,12 @@ def test_D1_the_reason_that_drive_gives_is_passed_on(tmp_path):
         fetch(tmp_path)
 
 
+def test_D1_a_page_that_gdown_cannot_read_is_still_a_web_page(tmp_path, monkeypatch):
+    monkeypatch.setattr("drive_server.CONFIRM_PAGE", '<form id="download-form"></form>')
+    with drive(), pytest.raises(CheckpointError, match="a web page, not the file.*\nBy hand"):
+        fetch(tmp_path)
+
+
 def test_D1_a_web_page_does_not_cost_the_partial_file(tmp_path):
     put_partial(tmp_path)
     with drive("quota_as_file"), pytest.raises(CheckpointError, match="a web page"):
@@ -114,7 +121,7 @@ def test_D1_a_mirror_may_send_a_web_page_too(tmp_path):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("fault", ["403", "404"])
+@pytest.mark.parametrize("fault", ["403", "404", "304"])
 def test_D2_a_refusal_names_address_and_status_and_is_not_repeated(tmp_path, fault):
     with drive(fault) as server, pytest.raises(CheckpointError, match=f"status {fault}") as e:
         fetch(tmp_path)
@@ -213,6 +220,20 @@ def test_D7_one_wrong_bit_is_noticed_without_any_checksum(tmp_path):
     assert names(tmp_path) == [NAME + ".bad"]
 
 
+def test_D7_a_checksum_in_capitals_is_the_same(tmp_path):
+    entry = {"sha256": SHA.upper(), "size": len(BODY)}
+    (tmp_path / "checksums.json").write_text(json.dumps({NAME: entry}))
+    with drive():
+        assert fetch(tmp_path) == BODY
+
+
+def test_D7_a_checksum_that_is_none_costs_no_good_file(tmp_path):
+    (tmp_path / NAME).write_bytes(BODY)
+    with pytest.raises(ValueError, match="'sha256:ef02' is none: 64 hexadecimal digits"):
+        fetch(tmp_path, sha256="sha256:ef02")
+    assert names(tmp_path) == [NAME]
+
+
 BAD_FILES = {
     "a web page": b"<!DOCTYPE html><html>quota</html>",
     "no file of PyTorch's": b"\x00" * 1000,
@@ -248,6 +269,30 @@ def test_D9_a_server_that_ignores_the_range_is_read_from_the_beginning(tmp_path)
 def test_D9_an_answer_with_another_range_is_not_joined(tmp_path):
     with drive("wrong_range") as server:
         assert fetch(tmp_path, retries=2) == BODY
+    assert server.requests[-1][1] == "bytes=0-"
+
+
+def test_D9_a_part_of_which_nothing_is_said_is_not_joined(tmp_path):
+    (tmp_path / f"{NAME}.part").write_bytes(BODY[: len(BODY) // 2])
+    with drive("unsaid_range"), pytest.raises(CheckpointError, match="byte 0 of .* was asked for"):
+        fetch(tmp_path, retries=0)
+    assert names(tmp_path) == []
+
+
+def test_D9_a_range_of_5000_digits_is_none():
+    digits = "9" * 5000
+    answer = SimpleNamespace(status_code=206, headers={
+        "Content-Range": f"bytes {digits}-{digits}/{digits}"})
+    start, origin = medssl._origin(answer, "url")
+    assert (start, origin["size"]) == (-1, None)
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": "x", "validator": "y"}'])
+def test_D9_a_partial_file_with_a_damaged_note_is_not_joined(tmp_path, note):
+    put_partial(tmp_path)
+    (tmp_path / f"{NAME}.origin").write_text(note)
+    with drive() as server:
+        assert fetch(tmp_path) == BODY
     assert server.requests[-1][1] == "bytes=0-"
 
 
@@ -432,6 +477,20 @@ def test_a_users_file_that_is_a_web_page_is_refused(tmp_path):
     assert NAME not in names(tmp_path)
 
 
+def test_a_copy_that_is_not_whole_gets_no_name(tmp_path, monkeypatch):
+    (tmp_path / "mine.ckpt").write_bytes(BODY)
+    monkeypatch.setattr("shutil.copyfile", lambda _, copy: Path(copy).write_bytes(BODY[:-1]))
+    with pytest.raises(CheckpointError, match="copy of .*mine.ckpt is not whole: its sha256 is"):
+        fetch(tmp_path / "new", from_file=tmp_path / "mine.ckpt")
+    assert names(tmp_path / "new") == []
+
+
+def test_an_error_shows_no_terminal_codes_of_a_file(tmp_path):
+    files.write_zip(tmp_path / "mine.ckpt", [("\x1b[2K", b"")] * 2)
+    with pytest.raises(CheckpointError, match=r"record archive/\\x1b\[2K twice"):
+        fetch(tmp_path, from_file=tmp_path / "mine.ckpt")
+
+
 def test_a_users_file_that_does_not_exist_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="mine.ckpt: there is no such file"):
         fetch(tmp_path, from_file=tmp_path / "mine.ckpt")
@@ -476,7 +535,9 @@ def test_recording_keeps_the_other_entries(tmp_path):
     assert list(json.loads((tmp_path / "checksums.json").read_text())) == ["a.ckpt", "b.ckpt"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"%s": 3}' % NAME, '{"%s": {"size": 1}}' % NAME])
+@pytest.mark.parametrize("text", [
+    "{", "[]", "[" * 99_999, '{"%s": 3}' % NAME, '{"%s": {"size": 1}}' % NAME,
+    '{"%s": {"sha256": "ef02", "size": 1}}' % NAME])
 def test_a_list_of_checksums_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / "checksums.json").write_text(text)
     with pytest.raises(CheckpointError, match="checksums.json is not a list of checksums"):

@@ -24,6 +24,11 @@ from safetensors.torch import load_file, save_file
 import medssl_utils as medssl
 from medssl_utils import CheckpointError
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # Files of true size take time to build and read. All that run code are tried here; of the others
 # every second one (rows L3 to L9) or every fifth. `make faults` tries them all.
 CASES = [case for case in files.CASES if not case.trusted]
@@ -110,6 +115,15 @@ def test_the_error_names_the_extra_that_accepts_a_pickled_name(tmp_path, monkeyp
     assert found["a"].tolist() == [1, 1]
 
 
+def test_two_files_joined_to_one_are_refused(tmp_path):
+    for value in (1, 2):
+        torch.save({"state_dict": {"a": torch.full((9,), value)}}, tmp_path / f"{value}.ckpt")
+    joined = (tmp_path / "1.ckpt").read_bytes() + (tmp_path / "2.ckpt").read_bytes()
+    (tmp_path / "x.ckpt").write_bytes(joined)  # torch.load reads the one, zipfile the other
+    with pytest.raises(CheckpointError, match="first record isn't where the file begins"):
+        medssl.load_state_dict(tmp_path / "x.ckpt")
+
+
 def test_a_size_too_long_to_print_is_refused(tmp_path):
     path = files.lying(files.CONV, length=1 << 20_000)(tmp_path)
     with pytest.raises(CheckpointError, match="something that is no storage"):
@@ -127,6 +141,27 @@ def test_a_legacy_file_whose_storages_are_listed_as_numbers_is_refused(tmp_path)
         medssl.load_state_dict(tmp_path / "old.pth")
 
 
+def test_what_a_hostile_file_nested_is_never_hashed_or_printed(tmp_path):
+    storage = files.name("torch", "FloatStorage")  # doubled 60 times, a tuple would take for ever
+    path = files.repickled(lambda body: body.replace(storage, b")", 1))(tmp_path)
+    with pytest.raises(CheckpointError, match="a reference to something that is no storage"):
+        medssl.load_state_dict(path)
+    deep = files.legacy_stream(b"}").removesuffix(pickle.dumps([], 2))
+    path.write_bytes(deep + b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".")
+    with pytest.raises(CheckpointError, match="list of storages isn't its tensors' list"):
+        medssl.load_state_dict(path)
+
+
+def test_a_tensor_or_settings_beside_the_wrapper_do_not_hide_it(tmp_path):
+    state = {"a": torch.ones(2)}
+    torch.save({"state_dict": state, "best_acc1": torch.tensor(0.5), "model": {"depth": 50}},
+               tmp_path / "x.ckpt")
+    assert list(medssl.load_state_dict(tmp_path / "x.ckpt")) == ["a"]
+    torch.save({"state_dict": state, "model": state}, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="more than one set"):
+        medssl.load_state_dict(tmp_path / "x.ckpt")
+
+
 def test_a_file_saved_on_a_gpu_opens_without_one(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
     path = saved(tmp_path / "gpu.ckpt", {"a": torch.arange(3)})
@@ -140,6 +175,11 @@ def test_a_file_saved_on_a_gpu_opens_without_one(tmp_path, monkeypatch):
 def test_a_file_of_one_method_asked_for_as_another_names_both(found, asked, stand_ins):
     with pytest.raises(CheckpointError, match=f"is a {found} checkpoint, but {asked} was asked"):
         medssl.load_backbone(asked, stand_in(stand_ins, found), cache=False)
+
+
+def test_a_control_is_no_file(stand_ins):
+    with pytest.raises(CheckpointError, match="SparK .*ImageNet is loaded without a path"):
+        medssl.load_backbone("ImageNet", stand_in(stand_ins, "SparK"), cache=False)
 
 
 @pytest.mark.parametrize("method", medssl.METHODS)
@@ -180,7 +220,14 @@ def test_an_unknown_group_loads_only_when_allowed_and_is_recorded(tmp_path):
     report = medssl.load_backbone("SwAV", path, allow_extra=extra, cache=False)[1]
     assert report.allow_extra == extra
     assert report.groups["teacher."] == (1, "accepted by allow_extra")
-    assert "not quite the README's" in report.verdict
+    assert "not quite the README's, see the table" in report.verdict
+
+
+def test_a_single_extra_may_be_a_plain_text(tmp_path):
+    state = {**files.weights(), "teacher.weight": torch.ones(2)}
+    path = saved(tmp_path / "x.pth", state, "module")
+    report = medssl.load_backbone("SparK", path, allow_extra="teacher.", cache=False)[1]
+    assert report.allow_extra == ("teacher.",)
 
 
 def test_an_extra_does_not_excuse_a_foreign_backbone(tmp_path):
@@ -200,6 +247,8 @@ def test_tensors_that_share_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize(("arguments", "words"), [
     ({"method": "BYOl"}, "Did you mean 'BYOL'"),
     ({"method": "BYOL", "weights": "real"}, "weights 'real' is not known"),
+    ({"method": "random", "weights": "standin"}, "Did you mean 'stand-in'"),
+    ({"method": "BYOL", "cache": "Verify"}, "cache='Verify' is not known"),
     ({}, "Give a method"),
 ])
 def test_unknown_settings_are_refused(arguments, words, tmp_path):
@@ -427,6 +476,24 @@ def test_a_folder_that_cannot_be_written_to_only_costs_the_cache(tmp_path, monke
     assert same(medssl.load_backbone("SparK", path)[0], files.weights())
 
 
+@pytest.mark.skipif(resource is None, reason="needs a limit on the size of files")
+def test_a_full_disk_only_costs_the_cache(tmp_path):
+    path = saved(tmp_path / "x.pth", files.weights(), "module")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # stands for a full disk
+    try:
+        assert same(medssl.load_backbone("SparK", path)[0], files.weights())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_read_is_named(cached):
+    (cached.parent / "checksums.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"spark\.pth: .*Is a directory.*checksums\.json"):
+        medssl.load_backbone("SparK", cached)
+
+
 def test_a_file_replaced_while_it_is_read_is_refused(cached, monkeypatch):
     monkeypatch.setattr(medssl, "_check_values", lambda tensors: os.utime(cached, ns=(1, 1)))
     with pytest.raises(CheckpointError, match="replaced while it was read"):
@@ -474,6 +541,18 @@ def test_a_changed_export_is_refused(exported, tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="not those it was written with"):
         medssl.load_backbone("BYOL", path)
+
+
+def test_an_export_with_other_weights_is_refused(byol, tmp_path):
+    path = medssl._save_backbone(files.weights(), tmp_path / "x.safetensors", byol[1])
+    with pytest.raises(CheckpointError, match="not those it was written with"):
+        medssl.load_backbone("BYOL", path)
+
+
+def test_a_web_page_under_the_name_of_an_export_is_called_so(tmp_path):
+    (tmp_path / "x.safetensors").write_text("<html>Sign in</html>")
+    with pytest.raises(CheckpointError, match="it is a web page"):
+        medssl.load_backbone("BYOL", tmp_path / "x.safetensors")
 
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path):

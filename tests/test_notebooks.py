@@ -14,6 +14,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from notebook_cells import run_cells
 
 import medssl_utils as medssl
 
@@ -48,6 +49,16 @@ def output_texts(cell: nbformat.NotebookNode) -> list[str]:
 
 
 # --- how they are written -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stem", "names", "words"), [
+    ("01_download_checkpoints", {"from_dir": "downloads"}, 'are for weights="published"'),
+    ("02_load_and_check_keys", {"methods": ["random"]}, "choose among BYOL, SwAV, MoCo, SparK"),
+    ("02_load_and_check_keys", {"methods": []}, "choose among BYOL, SwAV, MoCo, SparK"),
+])
+def test_01_and_02_refuse_what_they_would_pass_over(stem, names, words):
+    with pytest.raises(ValueError, match=words):
+        run_cells(stem, **names)
 
 
 def test_there_are_notebooks():
