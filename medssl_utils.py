@@ -4016,7 +4016,8 @@ def plan_study(
         A row a cell, in the order of running: what is asked for, `status` ("done", "unfinished",
         "to do"), `error` (why it can't run), `folder` (where begun), `n_train` and `images` (the
         work, in training images), `seconds` and `gigabytes` (left to spend), all about.
-        `attrs["summary"]` says it in two sentences, with the source of the rate.
+        `attrs["summary"]` says it in two sentences, with the source of the rate, and then why
+        some can't run (the first five reasons).
     """
     cells = grid if isinstance(grid, list) else _cells(grid, fixed)
     rows, rates = _look(cells), {}
@@ -4038,6 +4039,8 @@ def plan_study(
         f". Left: {hours} one after another ({sources}), {size:.2g} GB to keep, and up to "
         f"{8 * WEIGHT_BYTES / 1e9:.1f} GB more while a run of over a minute lasts."
         if rates else ". Nothing is left to run.")
+    if (reasons := plan["error"][plan["error"] != ""].unique()).size:
+        plan.attrs["summary"] += "\nCan't run: " + "\nCan't run: ".join(reasons[:5])
     return plan
 
 

@@ -168,6 +168,13 @@ def test_the_plan_names_a_share_of_labels_that_cannot_be(log):
     assert "label_fraction is 1.5; it must be above 0 and at most 1" in table["error"][1]
 
 
+def test_a_summary_says_once_and_in_full_why_runs_cannot(log):
+    summary = plan(log, {"method": ["Spark2"], "seed": [0, 1]}).attrs["summary"]
+    assert summary.startswith("Runs: 2 in all, 2 can't run.")
+    assert summary.count("\nCan't run: ValueError: method 'Spark2' is not known.") == 1
+    assert summary.endswith("SparK, random, ImageNet.")
+
+
 def test_a_damaged_result_is_named_and_stops_no_other_run(log):
     damaged, = study(log, {"seed": [0]})["folder"]
     text = (damaged / "metrics.json").read_text()
