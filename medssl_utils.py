@@ -3680,6 +3680,15 @@ RESULT_COLUMNS = (
 )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run folder; ValueError if it is not whole."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}). Delete the folder {path.parent.name} and "
+                         "run the study again: this run is done anew.") from None
+
+
 def load_runs(folder: str | Path) -> pd.DataFrame:
     """Read every run folder below `folder` into one table, a row a run.
 
@@ -3690,14 +3699,15 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: no run lies below `folder`.
+        ValueError: a run's file is damaged.
     """
     rows = []
     for path in sorted(Path(folder).rglob("config.json")):
-        config = json.loads(path.read_text())
+        config = _read_json(path)
         row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
         done = path.with_name("metrics.json")
         if done.exists():
-            metrics = json.loads(done.read_text())
+            metrics = _read_json(done)
             metrics["chosen_lr"] = metrics.pop("lr", None)  # beside the one that was asked for
             row |= {k: v for k, v in metrics.items() if not isinstance(v, (dict, list))}
         rows.append({**row, "status": "done" if done.exists() else "unfinished",
@@ -3948,7 +3958,7 @@ ASKED: dict[str, Any] = {"method": "SparK", "weights": "stand-in", "dataset": "p
 WHERE: dict[str, Any] = {"study": "study", "runs_dir": "runs", "data_dir": "data",
                          "checkpoints_dir": "checkpoints", "device": "auto", "notebook": "",
                          "unofficial": False, "keep_best": False}
-WEIGHT_BYTES = 94.4e6  # of a ResNet50; a resume file holds four times as much
+WEIGHT_BYTES = 94.4e6  # of a ResNet50; a resume file holds four times as much, twice while renewed
 BUSY_SECONDS = 2.0     # between two looks at runs that another process is writing
 ATTEMPTS = 3           # a cell is given up when its worker has died so often
 _one_at_a_time = threading.Lock()
@@ -3964,15 +3974,40 @@ def _call(fn: Callable, /, *args: Any, **options: Any) -> Future:
     return future
 
 
+def _plain(name: str, value: Any) -> Any:
+    """Return a setting's value in its default's type: 1, 1.0 and NumPy's 1 then name one run."""
+    defaults = {f.name: f.default for f in dataclasses.fields(FineTuneConfig)} | ASKED | WHERE
+    default = defaults[check_choice(name, defaults, "Setting")]
+    if isinstance(default, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value)
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    try:
+        plain = type(default)(value)
+    except (TypeError, ValueError):
+        plain = None
+    if plain is None or isinstance(default, tuple) or plain != value:
+        raise ValueError(f"{name} is {value!r}; give one {type(default).__name__}, such as "
+                         f"{default!r}. Several values belong in the grid.")
+    return plain
+
+
+def _values(name: str, values: Any) -> list[Any]:
+    """Return the values that a grid gives a setting, each once."""
+    several = isinstance(values, Iterable) and not isinstance(values, (str, Mapping))
+    plain = list(dict.fromkeys(_plain(name, value) for value in (values if several else ())))
+    if not plain:
+        raise ValueError(f"The grid's {name} is {values!r}; give a list, such as [{values!r}].")
+    return plain
+
+
 def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return a study's cells, whole seeds first: half a study is then one of fewer seeds."""
-    fields = [f.name for f in dataclasses.fields(FineTuneConfig)]
-    for name in (*grid, *fixed):
-        check_choice(name, dict.fromkeys((*ASKED, *WHERE, *fields)), "Setting")
-    for name, values in grid.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
-            raise ValueError(f"The grid's {name} is {values!r}; give a list, such as [{values!r}].")
-    _once.cache_clear()  # memory of an earlier study; in workers the token keeps studies apart
+    if not isinstance(grid, Mapping):
+        raise ValueError(f'The grid is {grid!r}; give a dict of lists, such as {{"seed": [0, 1]}}.')
+    fixed = {name: _plain(name, value) for name, value in fixed.items()}
+    grid = {name: _values(name, values) for name, values in grid.items()}
+    for memory in (_once, _known):  # of an earlier study; in workers the token keeps studies apart
+        memory.cache_clear()
     common = {**ASKED, **WHERE, **fixed, "token": time.time_ns()}
     for name in ("runs_dir", "data_dir", "checkpoints_dir", "notebook"):
         if common[name]:  # workers and notebooks start in other folders
@@ -4044,7 +4079,8 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             check_choice(cell["method"], (*METHODS, *CONTROLS), "method")
             config, data = _cell_data(cell)
             n_train, n_val, n_test = (len(getattr(data, name)) for name in SPLITS)
-            row["n_train"] = round(cell["label_fraction"] * n_train)
+            row["n_train"] = len(_known(data, cell["label_fraction"], cell["seed"],
+                                        config.subset_rule)[0])
             epochs = config.epochs * max(1, len(config.lr_candidates))
             row["images"] = math.ceil(  # a forward pass: a third of a step; in "linear" the step
                 (n_train + n_val + n_test) / sharing[key] if config.recipe == "linear" else
@@ -4052,7 +4088,10 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
                 row["folder"] = _cell_folder(cell)  # for others no weights need to be read
                 files = [(row["folder"] / f).exists() for f in ("metrics.json", "config.json")]
-                row["status"] = "done" if files[0] else "unfinished" if files[1] else "to do"
+                row["status"] = "unfinished" if files[1] else "to do"
+                if files[0]:
+                    _read_json(row["folder"] / "metrics.json")
+                    row["status"] = "done"
         except Exception as error:  # the other cells can run
             row["error"] = f"{type(error).__name__}: {error}"
         rows.append(row)
@@ -4100,7 +4139,8 @@ def plan_study(
         A row a cell, in the order of running: what is asked for, `status` ("done", "unfinished",
         "to do"), `error` (why it can't run), `folder` (where begun), `n_train` and `images` (the
         work, in training images), `seconds` and `gigabytes` (left to spend), all about.
-        `attrs["summary"]` says it in two sentences, with the source of the rate.
+        `attrs["summary"]` says it in two sentences, with the source of the rate, and then why
+        some can't run (the first five reasons).
     """
     cells = grid if isinstance(grid, list) else _cells(grid, fixed)
     rows, rates = _look(cells), {}
@@ -4119,9 +4159,11 @@ def plan_study(
     sources = ", ".join(sorted({source for _, source in rates.values()}))
     plan.attrs["summary"] = ", ".join([f"Runs: {len(rows)} in all", *(
         f"{n} {state}" for state, n in states.items())]) + (
-        f". Left: {hours} one after another ({sources}), {size:.2g} GB to keep, and "
-        f"{4 * WEIGHT_BYTES / 1e9:.1f} GB more while a run of over a minute lasts."
+        f". Left: {hours} one after another ({sources}), {size:.2g} GB to keep, and up to "
+        f"{8 * WEIGHT_BYTES / 1e9:.1f} GB more while a run of over a minute lasts."
         if rates else ". Nothing is left to run.")
+    if (reasons := plan["error"][plan["error"] != ""].unique()).size:
+        plan.attrs["summary"] += "\nCan't run: " + "\nCan't run: ".join(reasons[:5])
     return plan
 
 
@@ -4177,6 +4219,30 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> str | None:
     return ""
 
 
+def _check_workers(executor: Any, workers: Any) -> None:
+    """Refuse what would hang, mix random states or fail later."""
+    if isinstance(executor, ThreadPoolExecutor):
+        raise ValueError("Threads share random state. Give an executor of processes.")
+    if executor is not None and not hasattr(executor, "submit"):
+        raise ValueError(f"The executor is {executor!r}; give one of concurrent.futures, or a Dask "
+                         "client's get_executor(pure=False).")
+    context = getattr(executor, "_mp_context", None)
+    if context is not None and context.get_start_method() == "fork":
+        raise ValueError("A forked process hangs once PyTorch has computed in this one. Give "
+                         'ProcessPoolExecutor(n, multiprocessing.get_context("spawn")), or '
+                         "workers=n.")
+    if not isinstance(workers, int) or workers < 0:
+        raise ValueError(f"workers is {workers!r}; give a number of processes, or 0 for one on "
+                         "each GPU.")
+
+
+def _start_worker(threads: int) -> None:
+    """Prepare a local worker: its share of the cores, and an end when the study's process dies."""
+    torch.set_num_threads(threads)
+    study = multiprocessing.parent_process()  # killed, it can't stop its workers
+    threading.Thread(target=lambda: study.join() or os._exit(1), daemon=True).start()
+
+
 def _workers(executor: Executor | None, n: int) -> list[dict[str, Any]]:
     """Return what runs one cell at a time: a pool (None: this process), its device, and what makes
     a new one. A local pool is of one process: if that dies, it is known on which cell."""
@@ -4185,7 +4251,7 @@ def _workers(executor: Executor | None, n: int) -> list[dict[str, Any]]:
     if executor is not None or n == 1:  # of a given one, so many cells are handed over at a time
         return [{"pool": executor, "device": "auto"}] * (1024 if executor else 1)
     new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"),
-                            torch.set_num_threads, (max(1, torch.get_num_threads() // n),))
+                            _start_worker, (max(1, torch.get_num_threads() // n),))
     return [{"pool": new(), "device": f"cuda:{k % gpus}" if gpus else "auto", "new": new}
             for k in range(n)]
 
@@ -4245,8 +4311,8 @@ def run_study(
     Args:
         grid: setting -> values, such as {"method": METHODS, "seed": [0, 1, 2]}. Settings are the
             names in ASKED and WHERE and the fields of `FineTuneConfig`.
-        executor: of processes that see the same folders and run one call at a time, such as
-            Dask's `client.get_executor(pure=False)` with one thread a worker.
+        executor: of processes, not forked, that see the same folders and run one call at a time,
+            such as Dask's `client.get_executor(pure=False)` with one thread a worker.
         workers: local processes instead; 0: one for each GPU, on a CPU the cells run in this one.
         progress: "bar", "log" (a line a run), "none", or "auto": a bar where somebody watches.
         fixed: settings that all cells share. With `notebook` (notebooks/03_fine_tune.ipynb)
@@ -4256,11 +4322,11 @@ def run_study(
         The table of `plan_study`, with `status` as the run folders have it now and `error`.
 
     Raises:
-        ValueError: an unknown setting, a grid without lists, an executor of threads.
+        ValueError: an unknown setting or one of another type, a grid without lists, an executor
+            of threads or of forked processes.
         BrokenExecutor: a worker of the given executor died and took the others along.
     """
-    if isinstance(executor, ThreadPoolExecutor):
-        raise ValueError("Threads share random state. Give an executor of processes.")
+    _check_workers(executor, workers)
     cells = _cells(grid, fixed)
     plan = plan_study(cells, executor=executor)
     print(plan.attrs["summary"], flush=True)

@@ -268,6 +268,14 @@ def test_04_runs_another_grid_and_leaves_what_it_promises(workbook):
 
 
 @pytest.mark.slow
+def test_04_shows_each_reason_in_full(workbook):
+    notebook = run_with(workbook, "04_run_study", **SMALL, study="misspelt", methods=["Spark"])
+    shown, = (c for c in notebook.cells if "runs failed" in "".join(output_texts(c)))
+    table = next(o["data"]["text/html"] for o in shown.outputs if "data" in o)
+    assert "SparK, random, ImageNet." in table  # where the message ends; pandas cuts it by itself
+
+
+@pytest.mark.slow
 def test_04_stops_after_the_plan_when_asked_to(workbook):
     notebook = run_with(workbook, "04_run_study", **SMALL, study="planned", dry_run=True)
     text = "".join(t for c in notebook.cells for t in output_texts(c))

@@ -1,16 +1,19 @@
 """Studies: a grid becomes run folders, whatever dies, fails or happens at once."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from concurrent.futures import (
     BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor,
 )
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import tiny_study
@@ -106,6 +109,28 @@ def test_a_field_of_the_recipe_can_be_varied(log):
     assert [medssl.load_run(f).config["lr"] for f in table["folder"]] == [1e-3, 1e-2]
 
 
+def test_however_a_value_is_written_it_names_one_run(log):
+    same = study(log, {"label_fraction": [1, 1.0, np.float64(1)], "seed": np.arange(2)})
+    assert list(same["status"]) == ["done"] * 2
+    assert list(study(log, {"seed": (0, 1)})["folder"]) == list(same["folder"])
+    assert len(notes(log, "epochs")) == 2 * 2
+
+
+def test_an_earlier_study_s_images_do_not_stay_in_memory(log, monkeypatch):
+    loaded = []
+
+    def remembered(*args, **options):
+        data = tiny_study.load_data(*args, **options)
+        loaded.append(weakref.ref(data))
+        return data
+
+    monkeypatch.setattr(medssl, "load_data", remembered)
+    for _ in range(3):
+        study(log, {"seed": [0]})
+    gc.collect()
+    assert [data() is None for data in loaded] == [True, True, False]
+
+
 # --- the plan ----------------------------------------------------------------------------------
 
 
@@ -135,6 +160,30 @@ def test_features_of_a_linear_evaluation_are_counted_once_for_all_fractions_and_
     grid = {"method": ["SparK", "BYOL"], "label_fraction": [0.25, 1.0], "seed": [0, 1, 2]}
     table = plan(log, grid, recipe="linear")
     assert table.groupby("method")["images"].sum().between(24 + 12 + 16, 24 + 12 + 16 + 6).all()
+
+
+def test_the_plan_names_a_share_of_labels_that_cannot_be(log):
+    table = plan(log, {"label_fraction": [0.01, 1.5]})
+    assert table["error"][0] == "" and table["n_train"][0] > 0  # an image of each class at least
+    assert "label_fraction is 1.5; it must be above 0 and at most 1" in table["error"][1]
+
+
+def test_a_summary_says_once_and_in_full_why_runs_cannot(log):
+    summary = plan(log, {"method": ["Spark2"], "seed": [0, 1]}).attrs["summary"]
+    assert summary.startswith("Runs: 2 in all, 2 can't run.")
+    assert summary.count("\nCan't run: ValueError: method 'Spark2' is not known.") == 1
+    assert summary.endswith("SparK, random, ImageNet.")
+
+
+def test_a_damaged_result_is_named_and_stops_no_other_run(log):
+    damaged, = study(log, {"seed": [0]})["folder"]
+    text = (damaged / "metrics.json").read_text()
+    (damaged / "metrics.json").write_text(text[:len(text) // 2])
+    table = study(log, {"seed": [0, 1]})
+    assert list(table["status"]) == ["unfinished", "done"]
+    assert "metrics.json is damaged" in table["error"][0] and damaged.name in table["error"][0]
+    with pytest.raises(ValueError, match=f"Delete the folder {damaged.name}"):
+        medssl.load_runs(log.parent / "runs")
 
 
 def test_kept_weights_are_in_the_gigabytes(log):
@@ -168,6 +217,12 @@ def test_one_bar_shows_what_is_left(log, capsys):
     ({"seed": [0]}, {"epoch": 3}, "Did you mean 'epochs'"),
     ({"method": "SparK"}, {}, "The grid's method is 'SparK'; give a list"),
     ({"seed": []}, {}, "The grid's seed is"),
+    ({"seed": [0, "1"]}, {}, "seed is '1'; give one int, such as 0"),
+    ({"method": ["random"]}, {"seed": [0, 1]}, "Several values belong in the grid"),
+    ({"seed": [0]}, {"study": 2024}, "study is 2024; give one str, such as 'study'"),
+    (None, {}, "The grid is None; give a dict of lists"),
+    ({"seed": [0]}, {"workers": -1}, "workers is -1; give a number of processes"),
+    ({"seed": [0]}, {"executor": "cluster"}, "The executor is 'cluster'; give one of"),
 ])
 def test_a_grid_that_cannot_be_meant_is_refused(log, grid, settings, words):
     with pytest.raises(ValueError, match=words):
@@ -176,6 +231,14 @@ def test_a_grid_that_cannot_be_meant_is_refused(log, grid, settings, words):
 
 def test_threads_are_refused(log):
     with ThreadPoolExecutor(1) as pool, pytest.raises(ValueError, match="Threads share"):
+        study(log, executor=pool)
+
+
+@pytest.mark.skipif("fork" not in get_all_start_methods(), reason="no forked processes here")
+def test_forked_processes_are_refused(log):
+    """They hang for ever once PyTorch has computed in the parent."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool, pytest.raises(
+            ValueError, match='get_context."spawn".'):
         study(log, executor=pool)
 
 
@@ -265,6 +328,21 @@ def test_a_device_that_was_asked_for_is_kept(monkeypatch):
     list(medssl._work_off([{"device": "cuda:7"}, {"device": "auto"}],
                           [{"pool": None, "device": "cuda:0"}]))
     assert given == ["cuda:7", "cuda:0"]
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_study_that_was_killed():
+    """Else they would hold their memory, of a GPU too, until somebody finds them."""
+    script = (f"import sys, os; sys.path.insert(0, {str(HERE.parent)!r})\n"
+              "import medssl_utils as medssl\n"
+              "if __name__ == '__main__':\n"
+              "    first, second = medssl._workers(None, 2)\n"
+              "    print(*[w['pool'].submit(os.getpid).result() for w in (first, second)])\n"
+              "    os.kill(os.getpid(), 9)\n")
+    # the pipe ends with the last process that holds it
+    done = subprocess.run([sys.executable, "-c", script], text=True, timeout=60,
+                          stdout=subprocess.PIPE)
+    assert done.returncode == -9
 
 
 @pytest.mark.slow
