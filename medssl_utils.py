@@ -46,6 +46,7 @@ from concurrent.futures import (
     BrokenExecutor, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor,
 )
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -3067,7 +3068,7 @@ def _settings(
         "dataset": data.name, "dataset_fingerprint": of_data, "test_fingerprint": of_test,
         "class_names": list(data.class_names), "method": report.method, "weights": report.weights,
         "weights_fingerprint": report.fingerprint, "allow_extra": list(report.allow_extra),
-        "label_fraction": label_fraction, "seed": seed, "n_train": len(subset),
+        "label_fraction": float(label_fraction), "seed": seed, "n_train": len(subset),
         "subset_fingerprint": of_subset, **dataclasses.asdict(config),
         "augment": list(config.augment), "lr_candidates": list(config.lr_candidates),
         "stamp": "DEMO" if demo else "SHORT" if config.short else "",
@@ -3132,6 +3133,17 @@ def _save_resume(path: Path, **state: Any) -> None:
                             f"({error}). {kept}: make room and run again.") from error
 
 
+def _read_resume(path: Path, device: torch.device) -> dict[str, Any]:
+    """Return what `_save_resume` wrote."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # a damaged file can break the reader in any way
+        raise TrainingError(f"The resume file {path} is damaged ({type(error).__name__}). Delete "
+                            "it and run again: this run then starts anew.") from error
+
+
 def _train(
     model: nn.Module, train: Split, val: Split, config: FineTuneConfig, prep: Preprocessing,
     seed: int, folder: Path, shown: Progress, resume: str = "last.pt", save_at: int = 0,
@@ -3149,7 +3161,7 @@ def _train(
     val = replace(val, images=held_out)
     optimizer, history, best, kept = make_optimizer(model, config), [], {}, {}
     if (folder / resume).exists():
-        state = torch.load(folder / resume, map_location=device, weights_only=True)
+        state = _read_resume(folder / resume, device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         history, best = state["history"], state["best"]
@@ -4004,6 +4016,9 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
     """Return a study's cells, whole seeds first: half a study is then one of fewer seeds."""
     if not isinstance(grid, Mapping):
         raise ValueError(f'The grid is {grid!r}; give a dict of lists, such as {{"seed": [0, 1]}}.')
+    if twice := grid.keys() & fixed.keys():
+        raise ValueError(f"{', '.join(sorted(twice))}: set in the grid and apart from it. "
+                         "Keep one of both.")
     fixed = {name: _plain(name, value) for name, value in fixed.items()}
     grid = {name: _values(name, values) for name, values in grid.items()}
     for memory in (_once, _known):  # of an earlier study; in workers the token keeps studies apart
@@ -4155,7 +4170,7 @@ def plan_study(
     plan = pd.DataFrame(rows)
     states = plan["status"].mask(plan["error"] != "", "can't run").value_counts(sort=False)
     seconds, size = plan["seconds"].sum(skipna=False), plan["gigabytes"].sum()
-    hours = "unknown time" if math.isnan(seconds) else tqdm.format_interval(seconds)
+    hours = "unknown time" if math.isnan(seconds) else timedelta(seconds=round(seconds))
     sources = ", ".join(sorted({source for _, source in rates.values()}))
     plan.attrs["summary"] = ", ".join([f"Runs: {len(rows)} in all", *(
         f"{n} {state}" for state, n in states.items())]) + (
@@ -4341,7 +4356,7 @@ def run_study(
         shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
         if shown.how == "log":
             rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
-            print(f"{n} of {len(left)}, about {tqdm.format_interval(rest)} left: "
+            print(f"{n} of {len(left)}, about {timedelta(seconds=round(rest))} left: "
                   f"{' '.join(str(todo[k][name]) for name in grid)}: {error or 'done'}", flush=True)
     shown.bar.close()
     return pd.DataFrame(_look(cells)).assign(error=errors)

@@ -199,7 +199,7 @@ def test_planning_writes_nothing(log):
 def test_running_prints_the_plan_first_and_then_a_line_a_run(log, capsys):
     study(log, {"seed": [0, 1]}, progress="log")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Runs: 2 in all, 2 to do. Left: 00:0")
+    assert lines[0].startswith("Runs: 2 in all, 2 to do. Left: 0:00:0")
     assert lines[1].startswith("1 of 2, about") and lines[1].endswith("left: 0: done")
 
 
@@ -264,6 +264,11 @@ def test_a_data_set_that_is_not_there_is_asked_for_once(log):
     assert list(table["status"]) == ["to do", "to do", "done", "done"]
     assert table["error"][1] == "FileNotFoundError: no data set nowhere here"
     assert notes(log, "loaded") == [f"{os.getpid()} {name}" for name in ("nowhere", "toy")]
+
+
+def test_a_setting_in_the_grid_and_apart_from_it_is_refused(log):
+    with pytest.raises(ValueError, match="seed: set in the grid and apart"):
+        plan(log, {"seed": [0]}, seed=1)
 
 
 def test_what_failed_is_done_by_the_next_call(log):

@@ -484,6 +484,11 @@ def test_the_backbone_handed_in_is_not_changed(backbone, toy, tmp_path):
     assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
 
 
+def test_a_whole_number_names_the_same_run(backbone, toy, tmp_path):
+    assert run_quick(backbone, toy, tmp_path, label_fraction=1.0).folder == run_quick(
+        backbone, toy, tmp_path, label_fraction=1).folder
+
+
 def test_a_setting_that_changes_the_result_changes_the_folder(backbone, toy, tmp_path):
     a = run_quick(backbone, toy, tmp_path)
     b = run_quick(backbone, toy, tmp_path, dataclasses.replace(QUICK, lr=2e-3))
@@ -683,6 +688,16 @@ def test_full_disk_keeps_the_older_resume_file_and_the_next_run_completes(
     assert sorted(names) == ["config.json", "last.pt"]
     again = run_quick(backbone, toy, tmp_path / "full")
     assert np.array_equal(again.predictions["scores"], whole.predictions["scores"])
+
+
+def test_a_damaged_resume_file_is_named(backbone, toy, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(medssl, "evaluate", lambda *_, **__: 1 / 0)
+        run_quick(backbone, toy, tmp_path)
+    folder, = tmp_path.glob("study/*")
+    (folder / "last.pt").write_bytes(b"PK\3\4 cut")
+    with pytest.raises(medssl.TrainingError, match=r"last\.pt is damaged .*Delete it and run"):
+        run_quick(backbone, toy, tmp_path)
 
 
 def test_out_of_memory_says_what_to_lower(backbone, toy, tmp_path, monkeypatch):
