@@ -249,6 +249,6 @@ def test_no_widget_is_shown_unless_it_is_asked_for():
 
     for path in sorted(ROOT.glob("notebooks/*.ipynb")):
         parameters = papermill.inspect_notebook(str(path))
-        flag = {"widgets", "interactive"} & set(parameters)
+        flag = {"widgets"} & set(parameters)
         assert ("ipywidgets" in sources()[path.stem]) == bool(flag), path.stem
         assert all(parameters[name]["default"] == "False" for name in flag)
