@@ -41,8 +41,9 @@ def log(tmp_path):
 
 def study(log, grid=GRID, progress="none", executor=None, workers=0, **settings):
     """Run a tiny study."""
+    settings = {k: v for k, v in TINY.items() if k not in (grid or ())} | settings
     return medssl.run_study(grid, executor=executor, workers=workers, progress=progress,
-                            runs_dir=log.parent / "runs", data_dir=log, **TINY | settings)
+                            runs_dir=log.parent / "runs", data_dir=log, **settings)
 
 
 def plan(log, grid=GRID, **settings):
