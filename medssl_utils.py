@@ -2890,7 +2890,7 @@ class BusyError(TrainingError):
 class _Step:
     """A training step on batches of one size in one phase; compiled or recorded if asked for.
 
-    Recording follows PyTorch's notes on CUDA graphs: some steps on a side stream come first.
+    Recording follows PyTorch's notes on CUDA graphs: three steps on a side stream come first.
     These are steps of the training like all others, so nothing has to be undone.
     """
 
@@ -3134,14 +3134,16 @@ def _save_resume(path: Path, **state: Any) -> None:
 
 
 def _read_resume(path: Path, device: torch.device) -> dict[str, Any]:
-    """Return what `_save_resume` wrote."""
+    """Return what `_save_resume` wrote; TrainingError if it is damaged. A disk or a GPU that fails
+    raises its own error: the file may be whole, and nobody shall delete it."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except (torch.OutOfMemoryError, MemoryError):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged file can break the reader in any way
-        raise TrainingError(f"The resume file {path} is damaged ({type(error).__name__}). Delete "
-                            "it and run again: this run then starts anew.") from error
+        raise TrainingError(f"The resume file {path} is damaged ({type(error).__name__}: {error}). "
+                            "Delete it and run again: this run then starts anew.") from error
+    return {**state, "best": {k: v.to(device) for k, v in state["best"].items()}}
 
 
 def _train(
@@ -4337,8 +4339,8 @@ def run_study(
         The table of `plan_study`, with `status` as the run folders have it now and `error`.
 
     Raises:
-        ValueError: an unknown setting or one of another type, a grid without lists, an executor
-            of threads or of forked processes.
+        ValueError: an unknown setting, one of another type or given twice, a grid without
+            lists, an executor of threads or of forked processes.
         BrokenExecutor: a worker of the given executor died and took the others along.
     """
     _check_workers(executor, workers)

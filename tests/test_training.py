@@ -700,6 +700,15 @@ def test_a_damaged_resume_file_is_named(backbone, toy, tmp_path, monkeypatch):
         run_quick(backbone, toy, tmp_path)
 
 
+def test_a_disk_that_fails_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error", "last.pt")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(OSError, match="Input/output error: 'last.pt'"):
+        medssl._read_resume(tmp_path / "last.pt", torch.device("cpu"))
+
+
 def test_out_of_memory_says_what_to_lower(backbone, toy, tmp_path, monkeypatch):
     def hungry(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
