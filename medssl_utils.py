@@ -2789,7 +2789,9 @@ def _precision(config: FineTuneConfig, device: torch.device) -> str:
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        # an older card, such as Colab's T4, has bfloat16 only emulated: slower than float32
+        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if real else "fp32"
     features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
 

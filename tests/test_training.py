@@ -216,6 +216,18 @@ def test_bf16_scores_as_fp32_does(backbone, toy, tmp_path):
     assert 0 < difference < 0.02
 
 
+@pytest.mark.parametrize("major, expected", [(7, "fp32"), (8, "bf16")])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_fp32(monkeypatch, major, expected):
+    """Compute capability 7.5 is Colab's T4; PyTorch says that it supports bfloat16."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: types.SimpleNamespace(major=major))
+    assert medssl._precision(FineTuneConfig(), torch.device("cuda")) == expected
+
+
 @pytest.mark.parametrize("precision, tf32", [("fp32", False), ("tf32", True)])
 def test_a_gpu_is_told_to_repeat_itself_in_the_precision_asked_for_backwards_too(
         toy, precision, tf32):

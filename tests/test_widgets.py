@@ -161,8 +161,8 @@ def finish(folder):
 
 
 def start_monitor(study):
-    return run_cells("04_run_study", "def epochs_so_far(", "def watch(", "monitor =", json=json, pd=pd,
-                     torch=torch, time=time, medssl=medssl, Path=type(study), plan=range(4),
+    return run_cells("04_run_study", "def epochs_so_far(", "def watch(", "monitor =", json=json,
+                     pd=pd, torch=torch, time=time, medssl=medssl, Path=type(study), plan=range(4),
                      runs_dir=str(study.parent), study=study.name, widgets=True)
 
 
