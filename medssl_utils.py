@@ -2550,6 +2550,8 @@ def _check_duplicates(report: SplitReport, data: DataSplits, images: pd.DataFram
 RECIPES = ("recommended", "paper", "linear", "demo")
 RESUME_SECONDS = 60.0  # a run writes its resume file at most this often
 FEATURE_BYTES = 2e9    # kept in memory for further linear evaluations; an image has 8 kB
+# as CUDA, MPS, the processor and cuBLAS say it; "illegal memory access" is something else
+OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|ALLOC_FAILED"
 
 
 @dataclass(frozen=True)
@@ -2581,7 +2583,7 @@ class FineTuneConfig:
             so this is another experiment than a whole batch.
         lr_candidates: peak rates of the head to try, the backbone's in proportion; validation
             picks one. None by default. A fair race between methods gives each the same list.
-        compile: run the network's training pass through `torch.compile`; rounding changes.
+        compile: run the training pass of whole batches through `torch.compile`; rounding changes.
         cuda_graph: record the training step once as a CUDA graph and replay it, so that the CPU
             has next to nothing to do; the computation stays the same. Needs a CUDA GPU.
     """
@@ -2789,8 +2791,9 @@ def _precision(config: FineTuneConfig, device: torch.device) -> str:
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":
-        # an older card, such as Colab's T4, has bfloat16 only emulated: slower than float32
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        # an older card, such as Colab's T4, has bfloat16 only emulated: slower than float32;
+        # PyTorch's own is_bf16_supported speaks of the current device, which may be another
+        real = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
         return "bf16" if real else "fp32"
     features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
@@ -2889,6 +2892,14 @@ class BusyError(TrainingError):
     """Another process is writing this run."""
 
 
+def _compiled(model: nn.Module) -> nn.Module:
+    """Return the model with its passes through `torch.compile`."""
+    # a process that works off a study may meet more shapes than 8; then `fullgraph` is an error
+    torch._dynamo.config.recompile_limit = 256
+    # kernels picked without timing them: another pick in another process would round differently
+    return torch.compile(model, dynamic=False, fullgraph=True, options={"deterministic": True})
+
+
 class _Step:
     """A training step on batches of one size in one phase; compiled or recorded if asked for.
 
@@ -2901,7 +2912,7 @@ class _Step:
         optimizer: torch.optim.Optimizer, config: FineTuneConfig, preprocessing: Preprocessing,
         *, compiled: bool,
     ) -> None:
-        self.model = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.model = _compiled(model) if compiled else model
         self.images, self.labels, self.optimizer = images, labels, optimizer
         self.config, self.preprocessing = config, preprocessing
         self.weight = (_class_weights(labels, model.fc.out_features)
@@ -2919,7 +2930,8 @@ class _Step:
                 return self._warm_up(*given)
             if self.graph is None:
                 self.given, self.graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records, computes nothing
+                # records, computes nothing; PyTorch's own stream may be another GPU's
+                with torch.cuda.graph(self.graph, stream=self.side):
                     self.loss = self._take(*self.given)
             for recorded, new in zip(self.given, given, strict=True):
                 recorded.copy_(new)
@@ -2986,12 +2998,14 @@ def train_one_epoch(
     # a graph would repeat numbers, so it reads them from memory, as float32
     rates = torch.tensor(rates, device=device) if config.cuda_graph else rates.tolist()
     kept = {} if kept is None else kept
+    for passed in [key for key in kept if key[0] != phase.trainable]:
+        del kept[passed]  # a recorded step holds the memory of a whole pass
     with _numerics(_precision(config, device)):
         for step, index in enumerate(order):
             key = phase.trainable, len(index)
             if key not in kept:
                 kept[key] = _Step(model, images, labels, optimizer, config, preprocessing,
-                                  compiled=config.compile and len(index) == len(order[0]))
+                                  compiled=config.compile and len(index) == config.batch_size)
             losses[step] = kept[key](index, draws[index], rates[step])  # read once an epoch
             tick(len(index))
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
@@ -3292,10 +3306,10 @@ def pick_device(device: str = "auto") -> torch.device:
     mps = torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if not there.get(device.split(":")[0], False):
-        raise ValueError(f"device {device!r} is not here. Choose one of: auto, "
-                         f"{', '.join(name for name, yes in there.items() if yes)}.")
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    here = ["auto", *["cuda", *gpus] * bool(gpus), *["mps"] * mps, "cpu"]
+    if device not in here:
+        raise ValueError(f"device {device!r} is not here. Choose one of: {', '.join(here)}.")
     return torch.device(device)
 
 
@@ -3458,7 +3472,7 @@ def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
         print(f"\nInterrupted. Ask for the same run again and {folder.name} {kept}.", flush=True)
         raise
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         raise TrainingError(
             f"Out of memory with batch_size {config.batch_size} at {config.image_size} pixels. "

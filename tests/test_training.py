@@ -224,8 +224,19 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_fp32(monkeypatch, major, 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
-                        lambda device: types.SimpleNamespace(major=major))
+                        lambda device: types.SimpleNamespace(major=major, minor=5))
     assert medssl._precision(FineTuneConfig(), torch.device("cuda")) == expected
+
+
+def test_the_precision_is_that_of_the_gpu_asked_for_not_of_the_current_one(monkeypatch):
+    """An old card is the first of a machine's two."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(
+        major=9 if torch.device(device).index == 1 else 7, minor=0))
+    assert [medssl._precision(FineTuneConfig(), torch.device(f"cuda:{k}")) for k in (0, 1)] == [
+        "fp32", "bf16"]
 
 
 @pytest.mark.parametrize("precision, tf32", [("fp32", False), ("tf32", True)])
@@ -250,12 +261,12 @@ def test_a_gpu_is_told_to_repeat_itself_in_the_precision_asked_for_backwards_too
     assert before == (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
 
 
-def train_tiny(toy, config) -> dict[str, torch.Tensor]:
+def train_tiny(toy, config, kept=None) -> dict[str, torch.Tensor]:
     """Train as `fine_tune` does and return the weights."""
     torch.manual_seed(0)
     net = TinyNet().to(memory_format=torch.channels_last)
     images, labels = torch.as_tensor(toy.train.images), torch.as_tensor(toy.train.labels)
-    optimizer, kept = medssl.make_optimizer(net, config), {}
+    optimizer, kept = medssl.make_optimizer(net, config), {} if kept is None else kept
     prep = medssl.preprocessing_for(config, toy, "random")
     for epoch in range(config.epochs):
         medssl.train_one_epoch(net, images, labels, optimizer, config, prep, epoch=epoch, seed=5,
@@ -278,23 +289,71 @@ def test_a_recorded_step_gives_the_bits_of_a_plain_one(toy, monkeypatch, recipe,
     assert all(torch.equal(plain[name], recorded[name]) for name in plain)
 
 
+def test_a_step_is_recorded_on_a_stream_of_its_own_gpu(toy, monkeypatch):
+    """PyTorch's own stream for recording stays on the GPU that first used it in this process."""
+    fake_cuda_graph.install(monkeypatch.setattr)
+    train_tiny(toy, dataclasses.replace(QUICK, epochs=4, cuda_graph=True))
+    graph, = fake_cuda_graph.Graph.made
+    assert isinstance(graph.stream, fake_cuda_graph.Stream)
+
+
+def test_steps_of_a_phase_that_is_over_are_let_go(toy, monkeypatch):
+    """On a GPU each recorded step holds the memory of a whole pass."""
+    fake_cuda_graph.install(monkeypatch.setattr)
+    kept = {}
+    train_tiny(toy, FineTuneConfig.named("paper", epochs=3, freeze_epochs=2, batch_size=7,
+                                         image_size=SIZE, cuda_graph=True), kept)
+    assert sorted(kept) == [("all", 3), ("all", 7)]
+
+
 def test_a_recorded_run_needs_a_gpu(backbone, toy, tmp_path):
     with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA GPU, and this run is on"):
         run_quick(backbone, toy, tmp_path, dataclasses.replace(QUICK, cuda_graph=True))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_compiled_step_trains_alike_and_a_warm_process_compiles_once(toy, monkeypatch):
-    """Without the slow last stage of the compiler, which `bench/step.py` runs."""
+@pytest.fixture
+def compiler(monkeypatch):
+    """Counts what is compiled; without the slow last stage, which `bench/step.py` runs."""
+    counter, whole = CompileCounterWithBackend("aot_eager"), torch.compile
+
+    def compile(model, *, options, **given):
+        assert options.keys() <= set(torch._inductor.list_options())  # of that last stage
+        counter.options = options
+        return whole(model, backend=counter, **given)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", compile)
+    return counter
+
+
+def test_a_compiled_step_trains_alike_and_a_warm_process_compiles_once(toy, compiler):
     config = FineTuneConfig(epochs=3, freeze_epochs=1, batch_size=7, image_size=SIZE,
                             precision="fp32")
-    plain, compiler = train_tiny(toy, config), CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    plain = train_tiny(toy, config)
     for _ in range(3):  # runs
         compiled = train_tiny(toy, dataclasses.replace(config, compile=True))
         assert compiler.frame_count == 2  # with a frozen backbone, and without
     for name in plain:
         torch.testing.assert_close(plain[name], compiled[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_compiled_kernels_are_picked_without_timing_them(toy, compiler):
+    """Timing would pick others in another process, which round differently."""
+    train_tiny(toy, dataclasses.replace(QUICK, epochs=1, compile=True))
+    assert compiler.options == {"deterministic": True}
+
+
+def test_a_warm_process_compiles_as_many_shapes_as_a_study_has(toy, compiler):
+    """PyTorch's own limit of 8 would stop the study at the ninth."""
+    for size in range(4, 14):
+        train_tiny(toy, dataclasses.replace(QUICK, epochs=1, batch_size=size, compile=True))
+    assert compiler.frame_count == 10
+
+
+def test_a_set_smaller_than_a_batch_is_not_worth_compiling(toy, compiler):
+    train_tiny(toy, dataclasses.replace(QUICK, epochs=2, batch_size=25, compile=True))
+    assert compiler.frame_count == 0
 
 
 class Copies(TorchDispatchMode):
@@ -730,6 +789,16 @@ def test_out_of_memory_says_what_to_lower(backbone, toy, tmp_path, monkeypatch):
         run_quick(backbone, toy, tmp_path)
 
 
+def test_an_illegal_memory_access_is_not_called_a_lack_of_memory(
+        backbone, toy, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(medssl, "augment_batch", broken)
+    with pytest.raises(RuntimeError, match="^CUDA error: an illegal memory access"):
+        run_quick(backbone, toy, tmp_path)
+
+
 def test_interrupt_says_how_to_go_on(backbone, toy, tmp_path, monkeypatch, capsys):
     epoch, calls = medssl.train_one_epoch, []
 
@@ -760,6 +829,15 @@ def test_two_processes_never_write_one_folder(backbone, toy, tmp_path):
 def test_unknown_device_is_named(backbone, toy, tmp_path):
     with pytest.raises(ValueError, match="device 'gpu' is not here"):
         fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="gpu")
+
+
+def test_a_gpu_that_is_not_there_is_named_and_nothing_is_written(
+        backbone, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device 'cuda:2' is not here.*cuda:0, cuda:1, cpu"):
+        fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="cuda:2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unfinished_run_is_not_read_as_a_result(backbone, toy, tmp_path):
