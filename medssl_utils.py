@@ -3038,8 +3038,15 @@ def predict(
 def evaluate(
     model: nn.Module, split: Split, preprocessing: Preprocessing, **options: Any,
 ) -> tuple[float, dict[str, float | None], np.ndarray]:
-    """Return the mean loss, the scores (see `score`) and the (N, C) probabilities."""
+    """Return the mean loss, the scores (see `score`) and the (N, C) probabilities.
+
+    Raises:
+        TrainingError: an output is not finite, so it has no score.
+    """
     logits = predict(model, split.images, preprocessing, **options)
+    if len(broken := split.ids[~torch.isfinite(logits).all(1).numpy()]):
+        raise TrainingError(f"The network's output is not finite for {len(broken)} of {len(split)} "
+                            f"images held out: {_few(broken)}.")
     loss = _loss(logits, torch.as_tensor(split.labels)).item()
     scores = (logits.sigmoid() if split.labels.ndim == 2 else logits.softmax(1)).numpy()
     return loss, score(split.labels, scores), scores
@@ -3108,11 +3115,9 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / "metrics.json").exists():
         raise FileNotFoundError(
             f"{folder.name} has no metrics.json: the run is not finished. Run it again.")
-    with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
-        predictions = dict(arrays)
-    return Run(folder, json.loads((folder / "config.json").read_text()),
-               json.loads((folder / "metrics.json").read_text()),
-               pd.read_csv(folder / "history.csv"), predictions)
+    config, metrics = (_read_json(folder / f"{name}.json") for name in ("config", "metrics"))
+    return Run(folder, config, metrics, pd.read_csv(folder / "history.csv"),
+               _read_predictions(folder))
 
 
 def add_head(model: nn.Module, n_classes: int, seed: int) -> nn.Module:
@@ -3190,16 +3195,18 @@ def _train(
         loss, bad, batch = train_one_epoch(
             model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed,
             tick=shown.bar.update, kept=kept)
-        if bad is not None:
+        of_backbone, of_head = (float(f"{group['lr']:.6g}") for group in optimizer.param_groups)
+        try:
+            if bad is not None:
+                raise TrainingError(f"The loss is not finite at step {bad}, on images "
+                                    f"{', '.join(train.ids[batch.numpy()])}.")
+            validation = evaluate(model, val, prep, precision=_precision(config, device))
+        except TrainingError as error:
             if best:
                 _save_weights(folder / "best.safetensors", best)
             raise TrainingError(
-                f"The loss is not finite at epoch {epoch}, step {bad}, on images "
-                f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs, if "
-                f"any, are kept in {folder.name}. Check these images, or lower lr "
-                f"(now {config.lr:g}).")
-        of_backbone, of_head = (float(f"{group['lr']:.6g}") for group in optimizer.param_groups)
-        validation = evaluate(model, val, prep, precision=_precision(config, device))
+                f"Epoch {epoch}: {error} The best weights of earlier epochs, if any, are kept in "
+                f"{folder.name}. Check these images, or lower lr (now {config.lr:g}).") from None
         history.append({"epoch": epoch, "train_loss": loss, "lr": of_head,
                         "backbone_lr": of_backbone, **_validated(validation, began)})
         shown.epoch(history)
@@ -3710,13 +3717,27 @@ RESULT_COLUMNS = (
 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a run folder; ValueError if it is not whole."""
+@contextlib.contextmanager
+def _of_a_run(path: Path) -> Iterator[None]:
+    """Say which file of a run folder is not whole, and what to do."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        yield
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, FileNotFoundError) as error:
         raise ValueError(f"{path} is damaged ({error}). Delete the folder {path.parent.name} and "
                          "run the study again: this run is done anew.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run folder; ValueError if it is not whole."""
+    with _of_a_run(path):
+        return json.loads(path.read_text())
+
+
+def _read_predictions(folder: Path) -> dict[str, np.ndarray]:
+    """Read the predictions of a run folder; ValueError if they are not whole."""
+    path = folder / "predictions.npz"
+    with _of_a_run(path), open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def load_runs(folder: str | Path) -> pd.DataFrame:
@@ -3797,7 +3818,13 @@ def compare_methods(
     for value, options, what in ((metric, SCORES, "metric"), (estimand, ESTIMANDS, "estimand"),
                                  (per, ("image", "patient"), "per")):
         check_choice(value, options, what)
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, such as 0.95, not {level}.")
     _refuse_mixing(done, by)
+    for column in by:  # groups with a NaN for a name would be dropped
+        if done[column].isna().any():
+            done = done.assign(**{column: done[column].map(str, na_action="ignore").fillna(
+                "not recorded")})
     cell = ["dataset", *by, "label_fraction", "n_test"]
     draws = _draw_scores(done, [*cell, "method", "seed"], metric, per, n_draws, seed)
     if loss:
@@ -3818,20 +3845,23 @@ def _draw_scores(
     """Return a row a run: its score in column 0, then under each draw of the test images."""
     values, weights, n_test = {}, {}, {}
     for row, run in done.iterrows():
-        with np.load(run["folder"] / "predictions.npz", allow_pickle=False) as file:
-            test, val = ([file[f"{prefix}{name}"] for name in ("labels", "scores", "groups")]
-                         for prefix in ("", "val_"))
-        if per == "patient":
-            test, val = ([*pool_by_patient(*part), None] for part in (test, val))
-        labels, scores, groups = test
+        found = _read_predictions(run["folder"])
+
+        def part(prefix: str) -> list[np.ndarray | None]:
+            arrays = [found[f"{prefix}{name}"] for name in ("labels", "scores", "groups")]
+            return arrays if per == "image" else [*pool_by_patient(*arrays), None]
+
+        labels, scores, groups = part("")
         if len(labels) == 0:
             raise ValueError(f"No patient of {run['dataset']} is known. Compare per image.")
+        threshold = None
+        if metric in ("sensitivity", "specificity"):
+            threshold = choose_threshold(*part("val_")[:2])
         key = run["test_fingerprint"]
         if key not in weights:
             units = _units(len(labels), groups)
             weights[key], n_test[key] = _resampling(units, n_draws, seed), units.max() + 1
-        values[row] = _weighted_score(metric, labels, scores, weights[key],
-                                      choose_threshold(*val[:2]))
+        values[row] = _weighted_score(metric, labels, scores, weights[key], threshold)
     levels = done.assign(n_test=done["test_fingerprint"].map(n_test))[index]
     return pd.DataFrame(np.stack(list(values.values())), pd.MultiIndex.from_frame(levels))
 
@@ -3886,7 +3916,7 @@ def _infer(
     if n == 0 or np.isnan(values).any():
         return found
     found["mean"] = values.mean()
-    if n == 1:
+    if n == 1 or images and n_test == 1:
         return found
     parts = np.array([values.var(ddof=1) / n, 0.0])
     if images:
@@ -3895,7 +3925,7 @@ def _infer(
     error = math.sqrt(parts.sum())
 
     def quantile(tail: float) -> float:
-        return -(parts @ special.stdtrit([n - 1, n_test - 1], tail)) / parts.sum()
+        return -(parts @ special.stdtrit([n - 1, max(n_test - 1, 1)], tail)) / parts.sum()
 
     found |= {"sd": values.std(ddof=1), "p": np.nan if found["mean"] else 1.0}
     if error > 0:
@@ -3969,7 +3999,8 @@ def describe_comparison(table: pd.DataFrame) -> str:
         undefined = part[part["p_holm"].isna()]["method"]
         if len(undefined):
             lines.append(f"{where} {', '.join(undefined)}: nothing can be said. That takes two "
-                         "seeds shared with the control, and a defined score.")
+                         "seeds shared with the control, several test images, and scores that are "
+                         "defined and not all the same.")
         if facts["loss"] and whole["mean"].notna().all():
             least = whole.loc[whole["mean"].idxmin(), "method"]
             proven = least == control and len(shown) == len(part)

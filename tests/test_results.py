@@ -322,6 +322,51 @@ def test_an_undefined_score_stays_undefined(tmp_path):
     assert "nothing can be said" in medssl.describe_comparison(table)
 
 
+def test_a_test_set_of_one_patient_says_nothing_of_new_ones(tmp_path):
+    for method in ("random", "BYOL"):
+        for seed in range(3):
+            write_run(tmp_path, method, seed, groups=np.full(60, "p"))
+    runs = medssl.load_runs(tmp_path)
+    table = medssl.compare_methods(runs)
+    assert table["mean"].notna().all() and table[["low", "p"]].isna().all(axis=None)
+    assert "That takes two seeds shared with the control, several test images" in (
+        medssl.describe_comparison(table))
+    here = medssl.compare_methods(runs, estimand="new seed on this test set").iloc[1]
+    assert here["difference_low"] < here["difference"] < here["difference_high"]
+
+
+def test_one_kind_of_runs_that_lacks_a_setting_is_kept_apart_not_dropped(tmp_path):
+    """As runs of an older version do."""
+    write_run(tmp_path)
+    write_run(tmp_path, cuda_graph=True)
+    table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["cuda_graph"])
+    assert list(table["cuda_graph"]) == ["True", "not recorded"]
+
+
+def test_a_level_in_percent_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="such as 0.95, not 95"):
+        medssl.compare_methods(write_study(tmp_path, {"random": 1}), level=95)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\3\4 cut"])
+def test_predictions_that_are_damaged_or_gone_are_named(tmp_path, content):
+    path = write_run(tmp_path) / "predictions.npz"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"random_0.predictions\.npz is damaged .*Delete"):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+def test_a_validation_patient_with_two_labels_stops_only_scores_that_need_a_threshold(tmp_path):
+    labels, groups = np.arange(60) // 4 % 2, np.array([f"p{i // 4}" for i in range(60)])
+    path = write_run(tmp_path, labels=labels, groups=groups) / "predictions.npz"
+    with np.load(path) as file:
+        np.savez(path, **{**file, "val_labels": LABELS})
+    runs = medssl.load_runs(tmp_path)
+    assert len(medssl.compare_methods(runs, per="patient")) == 1
+    with pytest.raises(ValueError, match="carry different labels"):
+        medssl.compare_methods(runs, "sensitivity", per="patient")
+
+
 def test_patients_are_compared_by_their_mean_probability(tmp_path):
     groups = np.array([f"p{i // 4}" for i in range(60)])
     labels = np.arange(60) // 4 % 2

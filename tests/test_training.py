@@ -733,11 +733,20 @@ def test_loss_that_is_not_finite_names_epoch_step_and_images(
         return augment(x, names, rng) * (float("nan") if len(calls) == 5 else 1)
 
     monkeypatch.setattr(medssl, "augment_batch", spoil)
-    with pytest.raises(medssl.TrainingError, match=r"epoch 1, step 1, on images a\d+, a"):
+    with pytest.raises(medssl.TrainingError, match=r"Epoch 1: .* step 1, on images a\d+, a"):
         run_quick(backbone, toy, tmp_path)
     assert not list(tmp_path.rglob("metrics.json"))
     kept = load_file(next(tmp_path.rglob("best.safetensors")))
     assert all(torch.isfinite(v).all() for v in kept.values())
+
+
+def test_a_last_step_that_breaks_the_weights_is_named(backbone, toy, tmp_path):
+    """One step an epoch: its loss was still finite, and validation is the first to notice."""
+    config = dataclasses.replace(QUICK, batch_size=24, lr=1e38, backbone_lr=1e38)
+    with pytest.raises(medssl.TrainingError, match="Epoch 0: .*not finite for 12 of 12 images held"
+                                                   " out: b0, b1.*lower lr"):
+        run_quick(backbone, toy, tmp_path, config)
+    assert not list(tmp_path.rglob("metrics.json"))
 
 
 def test_full_disk_keeps_the_older_resume_file_and_the_next_run_completes(
