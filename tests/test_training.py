@@ -289,6 +289,37 @@ def test_a_recorded_step_gives_the_bits_of_a_plain_one(toy, monkeypatch, recipe,
     assert all(torch.equal(plain[name], recorded[name]) for name in plain)
 
 
+def test_a_recorded_run_that_is_interrupted_goes_on_to_the_same_bits(toy, tmp_path, monkeypatch):
+    """Its steps are recorded again, later than in the run that nothing interrupted."""
+    config = FineTuneConfig(epochs=8, freeze_epochs=1, batch_size=7, image_size=SIZE,
+                            precision="fp32", cuda_graph=True)
+    prep, epoch = medssl.preprocessing_for(config, toy, "random"), medssl.train_one_epoch
+    fake_cuda_graph.install(monkeypatch.setattr)
+    monkeypatch.setattr(medssl, "RESUME_SECONDS", 0.0)
+
+    def train(folder):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        net = TinyNet()
+        rows = medssl._train(net, toy.train, toy.val, config, prep, 0, folder,
+                             medssl.Progress("none", 1, ""))
+        return net.state_dict(), [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    def interrupted(*args, **options):
+        if options["epoch"] == 5:
+            raise KeyboardInterrupt
+        return epoch(*args, **options)
+
+    whole, rows = train(tmp_path / "whole")
+    monkeypatch.setattr(medssl, "train_one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken")
+    monkeypatch.setattr(medssl, "train_one_epoch", epoch)
+    again, rows_again = train(tmp_path / "broken")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert rows == rows_again
+
+
 def test_a_step_is_recorded_on_a_stream_of_its_own_gpu(toy, monkeypatch):
     """PyTorch's own stream for recording stays on the GPU that first used it in this process."""
     fake_cuda_graph.install(monkeypatch.setattr)
