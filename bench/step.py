@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from torch.fx.experimental.optimization import fuse  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 import medssl_utils as medssl  # noqa: E402
@@ -90,18 +91,22 @@ def train(ways: dict[str, Callable[[], None]], rounds: int, images: int, ceiling
 
 def evaluation(images: torch.Tensor, prep: medssl.Preprocessing, precision: str,
                sizes: list[int], rounds: int) -> None:
-    """Print the speed of a forward pass in batches of each size."""
-    net = medssl.load_backbone("random")[0].to(images.device, memory_format=torch.channels_last)
-    print(f"\n{'evaluation, batch':<24}{'img/s':>9}")
+    """Print the speed of a forward pass in batches of each size, in turns with a network whose
+    BatchNorm layers are folded into its convolutions, which the engine does not do."""
+    net = medssl.load_backbone("random")[0].eval()
+    nets = [n.to(images.device, memory_format=torch.channels_last) for n in (net, fuse(net))]
+    print(f"\n{'evaluation, batch':<24}{'img/s':>9}{'folded':>9}{'ratio':>8}")
     for size in sizes:
         some = images[:size].repeat(max(1, min(512, 4 * size) // len(images[:size])), 1, 1)
 
-        def once() -> None:
-            medssl.predict(net, some, prep, batch_size=size, precision=precision)
+        def once(net: torch.nn.Module) -> float:
+            return seconds(lambda: medssl.predict(net, some, prep, batch_size=size,
+                                                  precision=precision))
 
-        once()
-        typical = statistics.median(seconds(once) for _ in range(rounds))
-        print(f"{size:<24}{len(some) / typical:>9,.1f}")
+        spent = [[once(net) for net in nets] for _ in range(rounds + 1)][1:]
+        plain, folded = (len(some) / statistics.median(times) for times in zip(*spent))
+        ratio = statistics.median(a / b for a, b in spent)
+        print(f"{size:<24}{plain:>9,.1f}{folded:>9,.1f}{ratio:>7.2f}x")
 
 
 def main() -> None:
