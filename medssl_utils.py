@@ -3123,8 +3123,8 @@ def load_run(folder: str | Path) -> Run:
 def add_head(model: nn.Module, n_classes: int, seed: int) -> nn.Module:
     """Return a copy of the backbone with a new `Linear(2048, n_classes)`, initialised by `seed`."""
     model = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        torch.default_generator.manual_seed(seed)
         model.fc = nn.Linear(2048, n_classes)
     return model
 

@@ -84,6 +84,9 @@ class TinyBackbone(TinyNet):
         self.fc = nn.Identity()
 
 
+ADD_HEAD = medssl.add_head
+
+
 @pytest.fixture(autouse=True)
 def tiny_head(monkeypatch):
     """A head on the tiny backbone's 8 features instead of 2048."""
@@ -506,6 +509,16 @@ def test_affine_augmentation_moves_by_at_most_a_tenth_and_turns_by_at_most_ten_d
             interpolation=transforms.InterpolationMode.BILINEAR)
         torch.testing.assert_close(moved[..., 8:-8, 8:-8], expected[..., 8:-8, 8:-8],
                                    atol=1e-5, rtol=0)
+
+
+def test_a_new_head_follows_its_seed_and_leaves_random_numbers_alone(backbone, monkeypatch):
+    """Also those of a GPU, which PyTorch's `manual_seed` sets."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's, too"))
+    before = torch.get_rng_state()
+    heads = [ADD_HEAD(backbone, 3, seed).fc for seed in (5, 5, 6)]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_last_batch_of_one_joins_its_neighbour():
