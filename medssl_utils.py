@@ -2619,9 +2619,18 @@ class FineTuneConfig:
         check_choice(self.precision, ("auto", "fp32", "tf32", "bf16"), "precision")
         for name in self.augment:
             check_choice(name, ("flip_ud", "flip_lr", "affine"), "augment")
-        for name in ("image_size", "epochs", "batch_size", "lr", "accumulate"):
-            if getattr(self, name) <= 0:
+        for name in ("image_size", "epochs", "batch_size", "lr", "accumulate", "lr_candidates"):
+            if not np.all(np.asarray(getattr(self, name)) > 0):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        for name, most in (("backbone_lr", math.inf), ("weight_decay", math.inf),
+                           ("freeze_epochs", math.inf), ("warmup", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie in [0, {most}], not {getattr(self, name)}.")
+        unused = [name for name in ("augment", "class_weights", "lr_candidates")
+                  if self.recipe == "linear" and getattr(self, name)]
+        if unused:
+            raise ValueError(f"recipe 'linear' fits a logistic regression on fixed features, "
+                             f"without {' or '.join(unused)}. Leave that out, or take another.")
 
     @classmethod
     def named(cls, recipe: str, dataset: str = "", **changes: Any) -> FineTuneConfig:

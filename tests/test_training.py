@@ -460,10 +460,22 @@ def test_each_default_of_the_recommended_recipe_says_why():
     ({"epochs": 0}, "epochs must be above 0"),
     ({"select_by": "F1"}, "select_by 'F1' is not known"),
     ({"augment": ("blur",)}, "augment 'blur' is not known"),
+    ({"lr": float("nan")}, "lr must be above 0, not nan"),
+    ({"lr_candidates": (1e-3, -1)}, "lr_candidates must be above 0"),
+    ({"backbone_lr": -1e-4}, r"backbone_lr must lie in \[0, inf\], not -0.0001"),
+    ({"warmup": 10}, r"warmup must lie in \[0, 1\], not 10"),
 ])
 def test_config_names_a_bad_setting(change, words):
     with pytest.raises(ValueError, match=words):
         FineTuneConfig(**change)
+
+
+@pytest.mark.parametrize("change", [{"class_weights": True}, {"augment": ("flip_lr",)},
+                                    {"lr_candidates": (1e-3, 1e-2)}])
+def test_linear_evaluation_refuses_what_it_would_not_do(change):
+    """The run folder would else say that the result had it."""
+    with pytest.raises(ValueError, match=f"on fixed features, without {next(iter(change))}"):
+        FineTuneConfig.named("linear", **change)
 
 
 @pytest.mark.parametrize("change, short", [({}, False), ({"epochs": 2}, True),
