@@ -3437,7 +3437,8 @@ def fine_tune(
         for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
             leftover.unlink()
         _write_json(folder / "config.json", {
-            **settings, "warnings": list(checks.warnings), "environment": _environment(where)})
+            **settings, "warnings": list(checks.warnings),
+            "environment": {**_environment(where), "precision": _precision(config, where)}})
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         began = time.perf_counter()

@@ -590,6 +590,13 @@ def test_run_folder_holds_what_the_design_names(backbone, toy, tmp_path):
     np.testing.assert_allclose(run.predictions["scores"].sum(1), 1, rtol=1e-5)
 
 
+def test_run_folder_says_what_precision_auto_meant(backbone, toy, tmp_path, monkeypatch):
+    """On another computer it may mean another."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    run = run_quick(backbone, toy, tmp_path)
+    assert run.config["precision"] == "auto" and run.config["environment"]["precision"] == "bf16"
+
+
 def test_asking_again_loads_the_finished_run(backbone, toy, tmp_path):
     first = run_quick(backbone, toy, tmp_path)
     before = (first.folder / "metrics.json").stat().st_mtime_ns
