@@ -2901,6 +2901,10 @@ class BusyError(TrainingError):
     """Another process is writing this run."""
 
 
+class NotFiniteError(TrainingError):
+    """A loss or an output of the network is not a number, or infinite."""
+
+
 def _compiled(model: nn.Module) -> nn.Module:
     """Return the model with its passes through `torch.compile`."""
     # a process that works off a study may meet more shapes than 8; then `fullgraph` is an error
@@ -3050,12 +3054,12 @@ def evaluate(
     """Return the mean loss, the scores (see `score`) and the (N, C) probabilities.
 
     Raises:
-        TrainingError: an output is not finite, so it has no score.
+        NotFiniteError: an output is not finite, so it has no score.
     """
     logits = predict(model, split.images, preprocessing, **options)
     if len(broken := split.ids[~torch.isfinite(logits).all(1).numpy()]):
-        raise TrainingError(f"The network's output is not finite for {len(broken)} of {len(split)} "
-                            f"images held out: {_few(broken)}.")
+        raise NotFiniteError(f"The network's output is not finite for {len(broken)} of "
+                             f"{len(split)} images held out: {_few(broken)}.")
     loss = _loss(logits, torch.as_tensor(split.labels)).item()
     scores = (logits.sigmoid() if split.labels.ndim == 2 else logits.softmax(1)).numpy()
     return loss, score(split.labels, scores), scores
@@ -3207,13 +3211,13 @@ def _train(
         of_backbone, of_head = (float(f"{group['lr']:.6g}") for group in optimizer.param_groups)
         try:
             if bad is not None:
-                raise TrainingError(f"The loss is not finite at step {bad}, on images "
-                                    f"{', '.join(train.ids[batch.numpy()])}.")
+                raise NotFiniteError(f"The loss is not finite at step {bad}, on images "
+                                     f"{', '.join(train.ids[batch.numpy()])}.")
             validation = evaluate(model, val, prep, precision=_precision(config, device))
-        except TrainingError as error:
+        except NotFiniteError as error:
             if best:
                 _save_weights(folder / "best.safetensors", best)
-            raise TrainingError(
+            raise NotFiniteError(
                 f"Epoch {epoch}: {error} The best weights of earlier epochs, if any, are kept in "
                 f"{folder.name}. Check these images, or lower lr (now {config.lr:g}).") from None
         history.append({"epoch": epoch, "train_loss": loss, "lr": of_head,
@@ -3235,18 +3239,25 @@ def _race(
 ) -> list[dict[str, Any]]:
     """Train once with each of `config.lr_candidates` and load the best into `model`.
 
-    Validation alone decides. The history holds every epoch of every rate.
+    Validation alone decides. The history holds every epoch of every rate, but for those at which
+    training broke down: they have lost, unless all of them did.
     """
-    start, history = copy.deepcopy(model.state_dict()), []
+    start, history, broken = copy.deepcopy(model.state_dict()), [], None
     for rate in config.lr_candidates:
         model.load_state_dict(start)
         tried = replace(config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr,
                         lr_candidates=())
-        rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
-                      save_at=config.epochs)
+        try:
+            rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
+                          save_at=config.epochs)
+        except NotFiniteError as error:
+            broken = error
+            continue
         history += [{"lr_candidate": rate, **row} for row in rows]
         if _best_row(config, history) >= len(history) - len(rows):
             best = copy.deepcopy(model.state_dict())
+    if not history:
+        raise broken
     model.load_state_dict(best)
     return history
 
@@ -3462,13 +3473,17 @@ def fine_tune(
         results = {part: evaluate(last, getattr(seen, part), look) for part in ("val", "test")}
         if keep_best:
             _save_weights(folder / "best.safetensors", net.state_dict())
+        else:
+            (folder / "best.safetensors").unlink(missing_ok=True)  # of a try that broke down
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
         _write_predictions(folder / "predictions.npz", data, results)
         threshold = choose_threshold(data.val.labels, results["val"][2])
         _write_json(folder / "metrics.json", {
             **score(data.test.labels, results["test"][2], threshold=threshold),
             "threshold": threshold, "loss": results["test"][0], "n_test": len(data.test),
-            "lr": history[best].get("lr_candidate", config.lr), "val": results["val"][1],
+            "lr": history[best].get("lr_candidate", config.lr), "lr_not_finite": sorted(
+                {*config.lr_candidates} - {row.get("lr_candidate") for row in history}),
+            "val": results["val"][1],
             "best_epoch": best, "train_seconds": trained - began,
             "seconds": time.perf_counter() - began, "memory_gb": _peak_memory(where),
             "mean": prep.mean, "std": prep.std,

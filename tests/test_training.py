@@ -574,6 +574,34 @@ def test_the_rate_is_chosen_on_validation_and_recorded(backbone, toy, tmp_path):
     assert not list(run.folder.glob("last*"))
 
 
+@pytest.fixture
+def only_small_rates(monkeypatch):
+    """Training breaks down in the second epoch of every rate from 0.1 on."""
+    epoch = medssl.train_one_epoch
+
+    def fragile(*args, **options):
+        loss, bad, batch = epoch(*args, **options)
+        broken = args[4].lr >= 0.1 and options["epoch"] == 1
+        return loss, 0 if broken else bad, batch
+
+    monkeypatch.setattr(medssl, "train_one_epoch", fragile)
+
+
+def test_a_rate_at_which_training_breaks_down_loses_the_race(
+        backbone, toy, tmp_path, only_small_rates):
+    config = dataclasses.replace(QUICK, lr_candidates=(0.5, 1e-2, 0.1))
+    run = run_quick(backbone, toy, tmp_path, config, keep_best=False)
+    assert run.metrics["lr"] == 1e-2 and run.metrics["lr_not_finite"] == [0.1, 0.5]
+    assert list(run.history["lr_candidate"].unique()) == [1e-2]
+    assert not list(run.folder.glob("*.safetensors"))
+
+
+def test_a_race_that_every_rate_loses_says_so(backbone, toy, tmp_path, only_small_rates):
+    config = dataclasses.replace(QUICK, lr_candidates=(0.5, 0.1))
+    with pytest.raises(medssl.TrainingError, match="Epoch 1: The loss is not finite.*lower lr"):
+        run_quick(backbone, toy, tmp_path, config)
+
+
 # --- the run folder ----------------------------------------------------------------------------
 
 def test_run_folder_holds_what_the_design_names(backbone, toy, tmp_path):
