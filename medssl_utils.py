@@ -3503,7 +3503,7 @@ def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
             "starts again (nothing was saved in its first minute)"
         print(f"\nInterrupted. Ask for the same run again and {folder.name} {kept}.", flush=True)
         raise
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
             raise
         raise TrainingError(
