@@ -3504,7 +3504,8 @@ def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
         print(f"\nInterrupted. Ask for the same run again and {folder.name} {kept}.", flush=True)
         raise
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, str(error)):
+        said = f"{error} {error.__context__}"  # a recording that failed hides why
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, said):
             raise
         raise TrainingError(
             f"Out of memory with batch_size {config.batch_size} at {config.image_size} pixels. "

@@ -889,6 +889,19 @@ def test_out_of_memory_says_what_to_lower(backbone, toy, tmp_path, monkeypatch):
         run_quick(backbone, toy, tmp_path)
 
 
+def test_out_of_memory_while_a_step_is_recorded_says_so_too(backbone, toy, tmp_path, monkeypatch):
+    """What ends the recording then fails as well, for a reason of its own."""
+    def hungry(*args):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+    monkeypatch.setattr(medssl, "augment_batch", hungry)
+    with pytest.raises(medssl.TrainingError, match="Out of memory with batch_size 8"):
+        run_quick(backbone, toy, tmp_path)
+
+
 def test_an_illegal_memory_access_is_not_called_a_lack_of_memory(
         backbone, toy, tmp_path, monkeypatch):
     def broken(*args):
