@@ -2550,6 +2550,8 @@ def _check_duplicates(report: SplitReport, data: DataSplits, images: pd.DataFram
 RECIPES = ("recommended", "paper", "linear", "demo")
 RESUME_SECONDS = 60.0  # a run writes its resume file at most this often
 FEATURE_BYTES = 2e9    # kept in memory for further linear evaluations; an image has 8 kB
+# as CUDA, MPS, the processor and cuBLAS say it; "illegal memory access" is something else
+OUT_OF_MEMORY = "out of memory|not enough memory|allocate memory|ALLOC_FAILED"
 
 
 @dataclass(frozen=True)
@@ -2581,7 +2583,7 @@ class FineTuneConfig:
             so this is another experiment than a whole batch.
         lr_candidates: peak rates of the head to try, the backbone's in proportion; validation
             picks one. None by default. A fair race between methods gives each the same list.
-        compile: run the network's training pass through `torch.compile`; rounding changes.
+        compile: run the training pass of whole batches through `torch.compile`; rounding changes.
         cuda_graph: record the training step once as a CUDA graph and replay it, so that the CPU
             has next to nothing to do; the computation stays the same. Needs a CUDA GPU.
     """
@@ -2617,9 +2619,18 @@ class FineTuneConfig:
         check_choice(self.precision, ("auto", "fp32", "tf32", "bf16"), "precision")
         for name in self.augment:
             check_choice(name, ("flip_ud", "flip_lr", "affine"), "augment")
-        for name in ("image_size", "epochs", "batch_size", "lr", "accumulate"):
-            if getattr(self, name) <= 0:
+        for name in ("image_size", "epochs", "batch_size", "lr", "accumulate", "lr_candidates"):
+            if not np.all(np.asarray(getattr(self, name)) > 0):
                 raise ValueError(f"{name} must be above 0, not {getattr(self, name)}.")
+        for name, most in (("backbone_lr", math.inf), ("weight_decay", math.inf),
+                           ("freeze_epochs", math.inf), ("warmup", 1)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie in [0, {most}], not {getattr(self, name)}.")
+        unused = [name for name in ("augment", "class_weights", "lr_candidates")
+                  if self.recipe == "linear" and getattr(self, name)]
+        if unused:
+            raise ValueError(f"recipe 'linear' fits a logistic regression on fixed features, "
+                             f"without {' or '.join(unused)}. Leave that out, or take another.")
 
     @classmethod
     def named(cls, recipe: str, dataset: str = "", **changes: Any) -> FineTuneConfig:
@@ -2789,8 +2800,9 @@ def _precision(config: FineTuneConfig, device: torch.device) -> str:
     if config.precision != "auto":
         return config.precision
     if device.type == "cuda":
-        # an older card, such as Colab's T4, has bfloat16 only emulated: slower than float32
-        real = torch.cuda.is_bf16_supported(including_emulation=False)
+        # an older card, such as Colab's T4, has bfloat16 only emulated: slower than float32;
+        # PyTorch's own is_bf16_supported speaks of the current device, which may be another
+        real = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
         return "bf16" if real else "fp32"
     features = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
@@ -2889,6 +2901,18 @@ class BusyError(TrainingError):
     """Another process is writing this run."""
 
 
+class NotFiniteError(TrainingError):
+    """A loss or an output of the network is not a number, or infinite."""
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """Return the model with its passes through `torch.compile`."""
+    # a process that works off a study may meet more shapes than 8; then `fullgraph` is an error
+    torch._dynamo.config.recompile_limit = 256
+    # kernels picked without timing them: another pick in another process would round differently
+    return torch.compile(model, dynamic=False, fullgraph=True, options={"deterministic": True})
+
+
 class _Step:
     """A training step on batches of one size in one phase; compiled or recorded if asked for.
 
@@ -2901,7 +2925,7 @@ class _Step:
         optimizer: torch.optim.Optimizer, config: FineTuneConfig, preprocessing: Preprocessing,
         *, compiled: bool,
     ) -> None:
-        self.model = torch.compile(model, dynamic=False, fullgraph=True) if compiled else model
+        self.model = _compiled(model) if compiled else model
         self.images, self.labels, self.optimizer = images, labels, optimizer
         self.config, self.preprocessing = config, preprocessing
         self.weight = (_class_weights(labels, model.fc.out_features)
@@ -2919,7 +2943,8 @@ class _Step:
                 return self._warm_up(*given)
             if self.graph is None:
                 self.given, self.graph = [x.clone() for x in given], torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph):  # records, computes nothing
+                # records, computes nothing; PyTorch's own stream may be another GPU's
+                with torch.cuda.graph(self.graph, stream=self.side):
                     self.loss = self._take(*self.given)
             for recorded, new in zip(self.given, given, strict=True):
                 recorded.copy_(new)
@@ -2986,12 +3011,14 @@ def train_one_epoch(
     # a graph would repeat numbers, so it reads them from memory, as float32
     rates = torch.tensor(rates, device=device) if config.cuda_graph else rates.tolist()
     kept = {} if kept is None else kept
+    for passed in [key for key in kept if key[0] != phase.trainable]:
+        del kept[passed]  # a recorded step holds the memory of a whole pass
     with _numerics(_precision(config, device)):
         for step, index in enumerate(order):
             key = phase.trainable, len(index)
             if key not in kept:
                 kept[key] = _Step(model, images, labels, optimizer, config, preprocessing,
-                                  compiled=config.compile and len(index) == len(order[0]))
+                                  compiled=config.compile and len(index) == config.batch_size)
             losses[step] = kept[key](index, draws[index], rates[step])  # read once an epoch
             tick(len(index))
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
@@ -3024,8 +3051,15 @@ def predict(
 def evaluate(
     model: nn.Module, split: Split, preprocessing: Preprocessing, **options: Any,
 ) -> tuple[float, dict[str, float | None], np.ndarray]:
-    """Return the mean loss, the scores (see `score`) and the (N, C) probabilities."""
+    """Return the mean loss, the scores (see `score`) and the (N, C) probabilities.
+
+    Raises:
+        NotFiniteError: an output is not finite, so it has no score.
+    """
     logits = predict(model, split.images, preprocessing, **options)
+    if len(broken := split.ids[~torch.isfinite(logits).all(1).numpy()]):
+        raise NotFiniteError(f"The network's output is not finite for {len(broken)} of "
+                             f"{len(split)} images held out: {_few(broken)}.")
     loss = _loss(logits, torch.as_tensor(split.labels)).item()
     scores = (logits.sigmoid() if split.labels.ndim == 2 else logits.softmax(1)).numpy()
     return loss, score(split.labels, scores), scores
@@ -3094,18 +3128,16 @@ def load_run(folder: str | Path) -> Run:
     if not (folder / "metrics.json").exists():
         raise FileNotFoundError(
             f"{folder.name} has no metrics.json: the run is not finished. Run it again.")
-    with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
-        predictions = dict(arrays)
-    return Run(folder, json.loads((folder / "config.json").read_text()),
-               json.loads((folder / "metrics.json").read_text()),
-               pd.read_csv(folder / "history.csv"), predictions)
+    config, metrics = (_read_json(folder / f"{name}.json") for name in ("config", "metrics"))
+    return Run(folder, config, metrics, pd.read_csv(folder / "history.csv"),
+               _read_predictions(folder))
 
 
 def add_head(model: nn.Module, n_classes: int, seed: int) -> nn.Module:
     """Return a copy of the backbone with a new `Linear(2048, n_classes)`, initialised by `seed`."""
     model = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
+        torch.default_generator.manual_seed(seed)
         model.fc = nn.Linear(2048, n_classes)
     return model
 
@@ -3176,16 +3208,18 @@ def _train(
         loss, bad, batch = train_one_epoch(
             model, images, labels, optimizer, config, prep, epoch=epoch, seed=seed,
             tick=shown.bar.update, kept=kept)
-        if bad is not None:
+        of_backbone, of_head = (float(f"{group['lr']:.6g}") for group in optimizer.param_groups)
+        try:
+            if bad is not None:
+                raise NotFiniteError(f"The loss is not finite at step {bad}, on images "
+                                     f"{', '.join(train.ids[batch.numpy()])}.")
+            validation = evaluate(model, val, prep, precision=_precision(config, device))
+        except NotFiniteError as error:
             if best:
                 _save_weights(folder / "best.safetensors", best)
-            raise TrainingError(
-                f"The loss is not finite at epoch {epoch}, step {bad}, on images "
-                f"{', '.join(train.ids[batch.numpy()])}. The best weights of earlier epochs, if "
-                f"any, are kept in {folder.name}. Check these images, or lower lr "
-                f"(now {config.lr:g}).")
-        of_backbone, of_head = (float(f"{group['lr']:.6g}") for group in optimizer.param_groups)
-        validation = evaluate(model, val, prep, precision=_precision(config, device))
+            raise NotFiniteError(
+                f"Epoch {epoch}: {error} The best weights of earlier epochs, if any, are kept in "
+                f"{folder.name}. Check these images, or lower lr (now {config.lr:g}).") from None
         history.append({"epoch": epoch, "train_loss": loss, "lr": of_head,
                         "backbone_lr": of_backbone, **_validated(validation, began)})
         shown.epoch(history)
@@ -3205,18 +3239,25 @@ def _race(
 ) -> list[dict[str, Any]]:
     """Train once with each of `config.lr_candidates` and load the best into `model`.
 
-    Validation alone decides. The history holds every epoch of every rate.
+    Validation alone decides. The history holds every epoch of every rate, but for those at which
+    training broke down: they have lost, unless all of them did.
     """
-    start, history = copy.deepcopy(model.state_dict()), []
+    start, history, broken = copy.deepcopy(model.state_dict()), [], None
     for rate in config.lr_candidates:
         model.load_state_dict(start)
         tried = replace(config, lr=rate, backbone_lr=config.backbone_lr * rate / config.lr,
                         lr_candidates=())
-        rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
-                      save_at=config.epochs)
+        try:
+            rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
+                          save_at=config.epochs)
+        except NotFiniteError as error:
+            broken = error
+            continue
         history += [{"lr_candidate": rate, **row} for row in rows]
         if _best_row(config, history) >= len(history) - len(rows):
             best = copy.deepcopy(model.state_dict())
+    if not history:
+        raise broken
     model.load_state_dict(best)
     return history
 
@@ -3292,10 +3333,10 @@ def pick_device(device: str = "auto") -> torch.device:
     mps = torch.backends.mps.is_available()
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
-    if not there.get(device.split(":")[0], False):
-        raise ValueError(f"device {device!r} is not here. Choose one of: auto, "
-                         f"{', '.join(name for name, yes in there.items() if yes)}.")
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    here = ["auto", *["cuda", *gpus] * bool(gpus), *["mps"] * mps, "cpu"]
+    if device not in here:
+        raise ValueError(f"device {device!r} is not here. Choose one of: {', '.join(here)}.")
     return torch.device(device)
 
 
@@ -3407,7 +3448,8 @@ def fine_tune(
         for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
             leftover.unlink()
         _write_json(folder / "config.json", {
-            **settings, "warnings": list(checks.warnings), "environment": _environment(where)})
+            **settings, "warnings": list(checks.warnings),
+            "environment": {**_environment(where), "precision": _precision(config, where)}})
         if where.type == "cuda":
             torch.cuda.reset_peak_memory_stats(where)
         began = time.perf_counter()
@@ -3431,13 +3473,17 @@ def fine_tune(
         results = {part: evaluate(last, getattr(seen, part), look) for part in ("val", "test")}
         if keep_best:
             _save_weights(folder / "best.safetensors", net.state_dict())
+        else:
+            (folder / "best.safetensors").unlink(missing_ok=True)  # of a try that broke down
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
         _write_predictions(folder / "predictions.npz", data, results)
         threshold = choose_threshold(data.val.labels, results["val"][2])
         _write_json(folder / "metrics.json", {
             **score(data.test.labels, results["test"][2], threshold=threshold),
             "threshold": threshold, "loss": results["test"][0], "n_test": len(data.test),
-            "lr": history[best].get("lr_candidate", config.lr), "val": results["val"][1],
+            "lr": history[best].get("lr_candidate", config.lr), "lr_not_finite": sorted(
+                {*config.lr_candidates} - {row.get("lr_candidate") for row in history}),
+            "val": results["val"][1],
             "best_epoch": best, "train_seconds": trained - began,
             "seconds": time.perf_counter() - began, "memory_gb": _peak_memory(where),
             "mean": prep.mean, "std": prep.std,
@@ -3457,8 +3503,9 @@ def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
             "starts again (nothing was saved in its first minute)"
         print(f"\nInterrupted. Ask for the same run again and {folder.name} {kept}.", flush=True)
         raise
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        said = f"{error} {error.__context__}"  # a recording that failed hides why
+        if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, said):
             raise
         raise TrainingError(
             f"Out of memory with batch_size {config.batch_size} at {config.image_size} pixels. "
@@ -3503,7 +3550,7 @@ SCORES = ("ACC", "balanced ACC", "AUC", "F1", "F1 paper", "sensitivity", "specif
 def score(
     labels: np.ndarray, scores: np.ndarray, *, threshold: float | None = None,
 ) -> dict[str, float | None]:
-    """Score probabilities against labels with scikit-learn; None means undefined.
+    """Score probabilities against labels as scikit-learn defines it; None means undefined.
 
     Args:
         labels: (N,) class indices, or (N, L) of 0 and 1 for several labels an image.
@@ -3521,30 +3568,14 @@ def score(
         Brier: mean squared distance from the truth, halved (Brier 1950; 0 is best, 1 worst).
         An AUC without both kinds of labels, or a mean over such, is None.
     """
-    from sklearn import metrics
-
     labels, scores = np.asarray(labels), np.asarray(scores)
-    several = labels.ndim == 2
-    truth = labels if several else labels[:, None] == np.arange(scores.shape[1])     # (N, C)
-    present = [len(np.unique(column)) == 2 for column in truth.T]
-    options = {"average": "macro"} if several else {"multi_class": "ovr"}
-    predicted = (scores > 0.5).astype(int) if several else scores.argmax(1)
-    two = scores.shape[1] == 2 and not several
-    f1 = {name: float(metrics.f1_score(labels, predicted, average=average, zero_division=0.0))
-          for name, average in (("F1", "macro"), ("F1 paper", "binary" if two else "micro"))}
-    recalls = [None, None]
-    if two and threshold is not None and all(present):
-        recalls = metrics.recall_score(labels, scores[:, 1] >= threshold, average=None).tolist()
-    distance = ((scores.astype(float) - truth) ** 2).sum(1).mean()
-    return {
-        "ACC": float((labels == predicted).mean()),
-        "balanced ACC": None if several or not all(present) else float(
-            metrics.balanced_accuracy_score(labels, predicted)),
-        "AUC": float(metrics.roc_auc_score(labels, scores[:, 1] if two else scores, **options))
-        if all(present) else None,
-        **f1, "sensitivity": recalls[1], "specificity": recalls[0],
-        "Brier": float(distance / (scores.shape[1] if several else 2)),
-    }
+    if not np.isfinite(scores).all():
+        raise ValueError(f"{(~np.isfinite(scores)).any(1).sum()} of {len(scores)} rows of scores "
+                         "are not finite: what is not a probability has no score.")
+    once = np.ones((len(labels), 1), np.float32)
+    values = {metric: _weighted_score(metric, labels, scores, once, threshold).item()
+              for metric in SCORES}
+    return {metric: None if math.isnan(value) else value for metric, value in values.items()}
 
 
 def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float | None:
@@ -3696,13 +3727,27 @@ RESULT_COLUMNS = (
 )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Read a file of a run folder; ValueError if it is not whole."""
+@contextlib.contextmanager
+def _of_a_run(path: Path) -> Iterator[None]:
+    """Say which file of a run folder is not whole, and what to do."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        yield
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, FileNotFoundError) as error:
         raise ValueError(f"{path} is damaged ({error}). Delete the folder {path.parent.name} and "
                          "run the study again: this run is done anew.") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Read a file of a run folder; ValueError if it is not whole."""
+    with _of_a_run(path):
+        return json.loads(path.read_text())
+
+
+def _read_predictions(folder: Path) -> dict[str, np.ndarray]:
+    """Read the predictions of a run folder; ValueError if they are not whole."""
+    path = folder / "predictions.npz"
+    with _of_a_run(path), open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def load_runs(folder: str | Path) -> pd.DataFrame:
@@ -3783,7 +3828,13 @@ def compare_methods(
     for value, options, what in ((metric, SCORES, "metric"), (estimand, ESTIMANDS, "estimand"),
                                  (per, ("image", "patient"), "per")):
         check_choice(value, options, what)
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, such as 0.95, not {level}.")
     _refuse_mixing(done, by)
+    for column in by:  # groups with a NaN for a name would be dropped
+        if done[column].isna().any():
+            done = done.assign(**{column: done[column].map(str, na_action="ignore").fillna(
+                "not recorded")})
     cell = ["dataset", *by, "label_fraction", "n_test"]
     draws = _draw_scores(done, [*cell, "method", "seed"], metric, per, n_draws, seed)
     if loss:
@@ -3804,20 +3855,23 @@ def _draw_scores(
     """Return a row a run: its score in column 0, then under each draw of the test images."""
     values, weights, n_test = {}, {}, {}
     for row, run in done.iterrows():
-        with np.load(run["folder"] / "predictions.npz", allow_pickle=False) as file:
-            test, val = ([file[f"{prefix}{name}"] for name in ("labels", "scores", "groups")]
-                         for prefix in ("", "val_"))
-        if per == "patient":
-            test, val = ([*pool_by_patient(*part), None] for part in (test, val))
-        labels, scores, groups = test
+        found = _read_predictions(run["folder"])
+
+        def part(prefix: str) -> list[np.ndarray | None]:
+            arrays = [found[f"{prefix}{name}"] for name in ("labels", "scores", "groups")]
+            return arrays if per == "image" else [*pool_by_patient(*arrays), None]
+
+        labels, scores, groups = part("")
         if len(labels) == 0:
             raise ValueError(f"No patient of {run['dataset']} is known. Compare per image.")
+        threshold = None
+        if metric in ("sensitivity", "specificity"):
+            threshold = choose_threshold(*part("val_")[:2])
         key = run["test_fingerprint"]
         if key not in weights:
             units = _units(len(labels), groups)
             weights[key], n_test[key] = _resampling(units, n_draws, seed), units.max() + 1
-        values[row] = _weighted_score(metric, labels, scores, weights[key],
-                                      choose_threshold(*val[:2]))
+        values[row] = _weighted_score(metric, labels, scores, weights[key], threshold)
     levels = done.assign(n_test=done["test_fingerprint"].map(n_test))[index]
     return pd.DataFrame(np.stack(list(values.values())), pd.MultiIndex.from_frame(levels))
 
@@ -3872,7 +3926,7 @@ def _infer(
     if n == 0 or np.isnan(values).any():
         return found
     found["mean"] = values.mean()
-    if n == 1:
+    if n == 1 or images and n_test == 1:
         return found
     parts = np.array([values.var(ddof=1) / n, 0.0])
     if images:
@@ -3881,7 +3935,7 @@ def _infer(
     error = math.sqrt(parts.sum())
 
     def quantile(tail: float) -> float:
-        return -(parts @ special.stdtrit([n - 1, n_test - 1], tail)) / parts.sum()
+        return -(parts @ special.stdtrit([n - 1, max(n_test - 1, 1)], tail)) / parts.sum()
 
     found |= {"sd": values.std(ddof=1), "p": np.nan if found["mean"] else 1.0}
     if error > 0:
@@ -3955,7 +4009,8 @@ def describe_comparison(table: pd.DataFrame) -> str:
         undefined = part[part["p_holm"].isna()]["method"]
         if len(undefined):
             lines.append(f"{where} {', '.join(undefined)}: nothing can be said. That takes two "
-                         "seeds shared with the control, and a defined score.")
+                         "seeds shared with the control, several test images, and scores that are "
+                         "defined and not all the same.")
         if facts["loss"] and whole["mean"].notna().all():
             least = whole.loc[whole["mean"].idxmin(), "method"]
             proven = least == control and len(shown) == len(part)

@@ -63,8 +63,9 @@ class Graph:
 
 
 @contextlib.contextmanager
-def record(graph: Graph) -> Iterator[None]:
-    """Stands in for `torch.cuda.graph`."""
+def record(graph: Graph, stream: Stream | None = None) -> Iterator[None]:
+    """Stands in for `torch.cuda.graph`, whose own stream belongs to the GPU that first used it."""
+    graph.stream = stream
     with Tape() as graph.tape:
         yield
     for memory, before in graph.tape.before.values():

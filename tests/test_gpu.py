@@ -29,10 +29,10 @@ def backbone():
     return medssl.load_backbone("random", seed=0)
 
 
-def run(backbone, data, folder, **changes) -> medssl.Run:
+def run(backbone, data, folder, device=DEVICE, **changes) -> medssl.Run:
     config = medssl.FineTuneConfig.named("demo", **{
         "epochs": 3, "image_size": 64, "augment": ("flip_lr", "affine"), **changes})
-    return medssl.fine_tune(*backbone, data, config, runs_dir=folder, device=DEVICE,
+    return medssl.fine_tune(*backbone, data, config, runs_dir=folder, device=device,
                             progress="none")
 
 
@@ -61,6 +61,15 @@ def test_a_recorded_step_gives_the_bits_of_a_plain_one(backbone, data, tmp_path,
                 run(backbone, data, tmp_path, cuda_graph=True, **settings))
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="takes two GPUs")
+def test_a_second_gpu_of_the_process_records_its_own_steps(backbone, data, tmp_path):
+    settings = {"batch_size": 8, "epochs": 4, "cuda_graph": True}
+    run(backbone, data, tmp_path / "first", "cuda:0", **settings)
+    second = run(backbone, data, tmp_path / "second", "cuda:1", **settings)
+    assert same(second, run(backbone, data, tmp_path / "plain", "cuda:1",
+                            **{**settings, "cuda_graph": False}))
+
+
 def test_a_compiled_step_learns_as_a_plain_one_does(backbone, tmp_path):
     """Test AUC above .85 and within .08; with a graph too where there are graphs."""
     data, auc = medssl.demo_data(), []
@@ -71,8 +80,12 @@ def test_a_compiled_step_learns_as_a_plain_one_does(backbone, tmp_path):
     assert min(auc) > 0.85 and max(auc) - min(auc) < 0.08, auc
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bits(backbone, data, tmp_path, monkeypatch):
-    whole, epoch = run(backbone, data, tmp_path / "whole"), medssl.train_one_epoch
+@pytest.mark.parametrize("graph", [False] + [True] * (DEVICE == "cuda"))
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+        backbone, data, tmp_path, monkeypatch, graph):
+    """A recorded one records its steps again, later than in the run that nothing interrupted."""
+    settings, epoch = {"epochs": 5, "cuda_graph": graph}, medssl.train_one_epoch
+    whole = run(backbone, data, tmp_path / "whole", **settings)
 
     def interrupted(*args, **options):
         if options["epoch"] == 2:
@@ -82,10 +95,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(backbone, data, tmp_path, m
     monkeypatch.setattr(medssl, "RESUME_SECONDS", 0.0)
     monkeypatch.setattr(medssl, "train_one_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(backbone, data, tmp_path / "broken")
+        run(backbone, data, tmp_path / "broken", **settings)
     assert list(tmp_path.glob("broken/*/*/last.pt"))
     monkeypatch.setattr(medssl, "train_one_epoch", epoch)
-    assert same(run(backbone, data, tmp_path / "broken"), whole)
+    assert same(run(backbone, data, tmp_path / "broken", **settings), whole)
 
 
 def test_every_precision_learns_the_phantoms_as_well(backbone, tmp_path):

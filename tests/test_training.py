@@ -84,6 +84,9 @@ class TinyBackbone(TinyNet):
         self.fc = nn.Identity()
 
 
+ADD_HEAD = medssl.add_head
+
+
 @pytest.fixture(autouse=True)
 def tiny_head(monkeypatch):
     """A head on the tiny backbone's 8 features instead of 2048."""
@@ -224,8 +227,19 @@ def test_a_gpu_that_only_emulates_bfloat16_computes_in_fp32(monkeypatch, major, 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties",
-                        lambda device: types.SimpleNamespace(major=major))
+                        lambda device: types.SimpleNamespace(major=major, minor=5))
     assert medssl._precision(FineTuneConfig(), torch.device("cuda")) == expected
+
+
+def test_the_precision_is_that_of_the_gpu_asked_for_not_of_the_current_one(monkeypatch):
+    """An old card is the first of a machine's two."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(
+        major=9 if torch.device(device).index == 1 else 7, minor=0))
+    assert [medssl._precision(FineTuneConfig(), torch.device(f"cuda:{k}")) for k in (0, 1)] == [
+        "fp32", "bf16"]
 
 
 @pytest.mark.parametrize("precision, tf32", [("fp32", False), ("tf32", True)])
@@ -250,12 +264,12 @@ def test_a_gpu_is_told_to_repeat_itself_in_the_precision_asked_for_backwards_too
     assert before == (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
 
 
-def train_tiny(toy, config) -> dict[str, torch.Tensor]:
+def train_tiny(toy, config, kept=None) -> dict[str, torch.Tensor]:
     """Train as `fine_tune` does and return the weights."""
     torch.manual_seed(0)
     net = TinyNet().to(memory_format=torch.channels_last)
     images, labels = torch.as_tensor(toy.train.images), torch.as_tensor(toy.train.labels)
-    optimizer, kept = medssl.make_optimizer(net, config), {}
+    optimizer, kept = medssl.make_optimizer(net, config), {} if kept is None else kept
     prep = medssl.preprocessing_for(config, toy, "random")
     for epoch in range(config.epochs):
         medssl.train_one_epoch(net, images, labels, optimizer, config, prep, epoch=epoch, seed=5,
@@ -278,23 +292,102 @@ def test_a_recorded_step_gives_the_bits_of_a_plain_one(toy, monkeypatch, recipe,
     assert all(torch.equal(plain[name], recorded[name]) for name in plain)
 
 
+def test_a_recorded_run_that_is_interrupted_goes_on_to_the_same_bits(toy, tmp_path, monkeypatch):
+    """Its steps are recorded again, later than in the run that nothing interrupted."""
+    config = FineTuneConfig(epochs=8, freeze_epochs=1, batch_size=7, image_size=SIZE,
+                            precision="fp32", cuda_graph=True)
+    prep, epoch = medssl.preprocessing_for(config, toy, "random"), medssl.train_one_epoch
+    fake_cuda_graph.install(monkeypatch.setattr)
+    monkeypatch.setattr(medssl, "RESUME_SECONDS", 0.0)
+
+    def train(folder):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        net = TinyNet()
+        rows = medssl._train(net, toy.train, toy.val, config, prep, 0, folder,
+                             medssl.Progress("none", 1, ""))
+        return net.state_dict(), [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    def interrupted(*args, **options):
+        if options["epoch"] == 5:
+            raise KeyboardInterrupt
+        return epoch(*args, **options)
+
+    whole, rows = train(tmp_path / "whole")
+    monkeypatch.setattr(medssl, "train_one_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "broken")
+    monkeypatch.setattr(medssl, "train_one_epoch", epoch)
+    again, rows_again = train(tmp_path / "broken")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert rows == rows_again
+
+
+def test_a_step_is_recorded_on_a_stream_of_its_own_gpu(toy, monkeypatch):
+    """PyTorch's own stream for recording stays on the GPU that first used it in this process."""
+    fake_cuda_graph.install(monkeypatch.setattr)
+    train_tiny(toy, dataclasses.replace(QUICK, epochs=4, cuda_graph=True))
+    graph, = fake_cuda_graph.Graph.made
+    assert isinstance(graph.stream, fake_cuda_graph.Stream)
+
+
+def test_steps_of_a_phase_that_is_over_are_let_go(toy, monkeypatch):
+    """On a GPU each recorded step holds the memory of a whole pass."""
+    fake_cuda_graph.install(monkeypatch.setattr)
+    kept = {}
+    train_tiny(toy, FineTuneConfig.named("paper", epochs=3, freeze_epochs=2, batch_size=7,
+                                         image_size=SIZE, cuda_graph=True), kept)
+    assert sorted(kept) == [("all", 3), ("all", 7)]
+
+
 def test_a_recorded_run_needs_a_gpu(backbone, toy, tmp_path):
     with pytest.raises(ValueError, match="cuda_graph=True needs a CUDA GPU, and this run is on"):
         run_quick(backbone, toy, tmp_path, dataclasses.replace(QUICK, cuda_graph=True))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_compiled_step_trains_alike_and_a_warm_process_compiles_once(toy, monkeypatch):
-    """Without the slow last stage of the compiler, which `bench/step.py` runs."""
+@pytest.fixture
+def compiler(monkeypatch):
+    """Counts what is compiled; without the slow last stage, which `bench/step.py` runs."""
+    counter, whole = CompileCounterWithBackend("aot_eager"), torch.compile
+
+    def compile(model, *, options, **given):
+        assert options.keys() <= set(torch._inductor.list_options())  # of that last stage
+        counter.options = options
+        return whole(model, backend=counter, **given)
+
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", compile)
+    return counter
+
+
+def test_a_compiled_step_trains_alike_and_a_warm_process_compiles_once(toy, compiler):
     config = FineTuneConfig(epochs=3, freeze_epochs=1, batch_size=7, image_size=SIZE,
                             precision="fp32")
-    plain, compiler = train_tiny(toy, config), CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    plain = train_tiny(toy, config)
     for _ in range(3):  # runs
         compiled = train_tiny(toy, dataclasses.replace(config, compile=True))
         assert compiler.frame_count == 2  # with a frozen backbone, and without
     for name in plain:
         torch.testing.assert_close(plain[name], compiled[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_compiled_kernels_are_picked_without_timing_them(toy, compiler):
+    """Timing would pick others in another process, which round differently."""
+    train_tiny(toy, dataclasses.replace(QUICK, epochs=1, compile=True))
+    assert compiler.options == {"deterministic": True}
+
+
+def test_a_warm_process_compiles_as_many_shapes_as_a_study_has(toy, compiler):
+    """PyTorch's own limit of 8 would stop the study at the ninth."""
+    for size in range(4, 14):
+        train_tiny(toy, dataclasses.replace(QUICK, epochs=1, batch_size=size, compile=True))
+    assert compiler.frame_count == 10
+
+
+def test_a_set_smaller_than_a_batch_is_not_worth_compiling(toy, compiler):
+    train_tiny(toy, dataclasses.replace(QUICK, epochs=2, batch_size=25, compile=True))
+    assert compiler.frame_count == 0
 
 
 class Copies(TorchDispatchMode):
@@ -367,10 +460,22 @@ def test_each_default_of_the_recommended_recipe_says_why():
     ({"epochs": 0}, "epochs must be above 0"),
     ({"select_by": "F1"}, "select_by 'F1' is not known"),
     ({"augment": ("blur",)}, "augment 'blur' is not known"),
+    ({"lr": float("nan")}, "lr must be above 0, not nan"),
+    ({"lr_candidates": (1e-3, -1)}, "lr_candidates must be above 0"),
+    ({"backbone_lr": -1e-4}, r"backbone_lr must lie in \[0, inf\], not -0.0001"),
+    ({"warmup": 10}, r"warmup must lie in \[0, 1\], not 10"),
 ])
 def test_config_names_a_bad_setting(change, words):
     with pytest.raises(ValueError, match=words):
         FineTuneConfig(**change)
+
+
+@pytest.mark.parametrize("change", [{"class_weights": True}, {"augment": ("flip_lr",)},
+                                    {"lr_candidates": (1e-3, 1e-2)}])
+def test_linear_evaluation_refuses_what_it_would_not_do(change):
+    """The run folder would else say that the result had it."""
+    with pytest.raises(ValueError, match=f"on fixed features, without {next(iter(change))}"):
+        FineTuneConfig.named("linear", **change)
 
 
 @pytest.mark.parametrize("change, short", [({}, False), ({"epochs": 2}, True),
@@ -418,6 +523,16 @@ def test_affine_augmentation_moves_by_at_most_a_tenth_and_turns_by_at_most_ten_d
                                    atol=1e-5, rtol=0)
 
 
+def test_a_new_head_follows_its_seed_and_leaves_random_numbers_alone(backbone, monkeypatch):
+    """Also those of a GPU, which PyTorch's `manual_seed` sets."""
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a GPU's, too"))
+    before = torch.get_rng_state()
+    heads = [ADD_HEAD(backbone, 3, seed).fc for seed in (5, 5, 6)]
+    assert torch.equal(heads[0].weight, heads[1].weight)
+    assert not torch.equal(heads[0].weight, heads[2].weight)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_last_batch_of_one_joins_its_neighbour():
     assert [len(b) for b in medssl._batches(17, 8, medssl._rng(0))] == [8, 9]
 
@@ -459,6 +574,34 @@ def test_the_rate_is_chosen_on_validation_and_recorded(backbone, toy, tmp_path):
     assert not list(run.folder.glob("last*"))
 
 
+@pytest.fixture
+def only_small_rates(monkeypatch):
+    """Training breaks down in the second epoch of every rate from 0.1 on."""
+    epoch = medssl.train_one_epoch
+
+    def fragile(*args, **options):
+        loss, bad, batch = epoch(*args, **options)
+        broken = args[4].lr >= 0.1 and options["epoch"] == 1
+        return loss, 0 if broken else bad, batch
+
+    monkeypatch.setattr(medssl, "train_one_epoch", fragile)
+
+
+def test_a_rate_at_which_training_breaks_down_loses_the_race(
+        backbone, toy, tmp_path, only_small_rates):
+    config = dataclasses.replace(QUICK, lr_candidates=(0.5, 1e-2, 0.1))
+    run = run_quick(backbone, toy, tmp_path, config, keep_best=False)
+    assert run.metrics["lr"] == 1e-2 and run.metrics["lr_not_finite"] == [0.1, 0.5]
+    assert list(run.history["lr_candidate"].unique()) == [1e-2]
+    assert not list(run.folder.glob("*.safetensors"))
+
+
+def test_a_race_that_every_rate_loses_says_so(backbone, toy, tmp_path, only_small_rates):
+    config = dataclasses.replace(QUICK, lr_candidates=(0.5, 0.1))
+    with pytest.raises(medssl.TrainingError, match="Epoch 1: The loss is not finite.*lower lr"):
+        run_quick(backbone, toy, tmp_path, config)
+
+
 # --- the run folder ----------------------------------------------------------------------------
 
 def test_run_folder_holds_what_the_design_names(backbone, toy, tmp_path):
@@ -473,6 +616,13 @@ def test_run_folder_holds_what_the_design_names(backbone, toy, tmp_path):
     assert run.predictions["scores"].shape == (16, 2)
     assert list(run.predictions["ids"]) == list(toy.test.ids)
     np.testing.assert_allclose(run.predictions["scores"].sum(1), 1, rtol=1e-5)
+
+
+def test_run_folder_says_what_precision_auto_meant(backbone, toy, tmp_path, monkeypatch):
+    """On another computer it may mean another."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    run = run_quick(backbone, toy, tmp_path)
+    assert run.config["precision"] == "auto" and run.config["environment"]["precision"] == "bf16"
 
 
 def test_asking_again_loads_the_finished_run(backbone, toy, tmp_path):
@@ -674,11 +824,20 @@ def test_loss_that_is_not_finite_names_epoch_step_and_images(
         return augment(x, names, rng) * (float("nan") if len(calls) == 5 else 1)
 
     monkeypatch.setattr(medssl, "augment_batch", spoil)
-    with pytest.raises(medssl.TrainingError, match=r"epoch 1, step 1, on images a\d+, a"):
+    with pytest.raises(medssl.TrainingError, match=r"Epoch 1: .* step 1, on images a\d+, a"):
         run_quick(backbone, toy, tmp_path)
     assert not list(tmp_path.rglob("metrics.json"))
     kept = load_file(next(tmp_path.rglob("best.safetensors")))
     assert all(torch.isfinite(v).all() for v in kept.values())
+
+
+def test_a_last_step_that_breaks_the_weights_is_named(backbone, toy, tmp_path):
+    """One step an epoch: its loss was still finite, and validation is the first to notice."""
+    config = dataclasses.replace(QUICK, batch_size=24, lr=1e38, backbone_lr=1e38)
+    with pytest.raises(medssl.TrainingError, match="Epoch 0: .*not finite for 12 of 12 images held"
+                                                   " out: b0, b1.*lower lr"):
+        run_quick(backbone, toy, tmp_path, config)
+    assert not list(tmp_path.rglob("metrics.json"))
 
 
 def test_full_disk_keeps_the_older_resume_file_and_the_next_run_completes(
@@ -730,6 +889,29 @@ def test_out_of_memory_says_what_to_lower(backbone, toy, tmp_path, monkeypatch):
         run_quick(backbone, toy, tmp_path)
 
 
+def test_out_of_memory_while_a_step_is_recorded_says_so_too(backbone, toy, tmp_path, monkeypatch):
+    """What ends the recording then fails as well, for a reason of its own."""
+    def hungry(*args):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+    monkeypatch.setattr(medssl, "augment_batch", hungry)
+    with pytest.raises(medssl.TrainingError, match="Out of memory with batch_size 8"):
+        run_quick(backbone, toy, tmp_path)
+
+
+def test_an_illegal_memory_access_is_not_called_a_lack_of_memory(
+        backbone, toy, tmp_path, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(medssl, "augment_batch", broken)
+    with pytest.raises(RuntimeError, match="^CUDA error: an illegal memory access"):
+        run_quick(backbone, toy, tmp_path)
+
+
 def test_interrupt_says_how_to_go_on(backbone, toy, tmp_path, monkeypatch, capsys):
     epoch, calls = medssl.train_one_epoch, []
 
@@ -760,6 +942,15 @@ def test_two_processes_never_write_one_folder(backbone, toy, tmp_path):
 def test_unknown_device_is_named(backbone, toy, tmp_path):
     with pytest.raises(ValueError, match="device 'gpu' is not here"):
         fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="gpu")
+
+
+def test_a_gpu_that_is_not_there_is_named_and_nothing_is_written(
+        backbone, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="device 'cuda:2' is not here.*cuda:0, cuda:1, cpu"):
+        fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="cuda:2")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unfinished_run_is_not_read_as_a_result(backbone, toy, tmp_path):
