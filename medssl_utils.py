@@ -3550,7 +3550,7 @@ SCORES = ("ACC", "balanced ACC", "AUC", "F1", "F1 paper", "sensitivity", "specif
 def score(
     labels: np.ndarray, scores: np.ndarray, *, threshold: float | None = None,
 ) -> dict[str, float | None]:
-    """Score probabilities against labels as scikit-learn defines it; None means undefined.
+    """Score probabilities against labels with scikit-learn; None means undefined.
 
     Args:
         labels: (N,) class indices, or (N, L) of 0 and 1 for several labels an image.
@@ -3568,14 +3568,30 @@ def score(
         Brier: mean squared distance from the truth, halved (Brier 1950; 0 is best, 1 worst).
         An AUC without both kinds of labels, or a mean over such, is None.
     """
+    from sklearn import metrics
+
     labels, scores = np.asarray(labels), np.asarray(scores)
-    if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).any(1).sum()} of {len(scores)} rows of scores "
-                         "are not finite: what is not a probability has no score.")
-    once = np.ones((len(labels), 1), np.float32)
-    values = {metric: _weighted_score(metric, labels, scores, once, threshold).item()
-              for metric in SCORES}
-    return {metric: None if math.isnan(value) else value for metric, value in values.items()}
+    several = labels.ndim == 2
+    truth = labels if several else labels[:, None] == np.arange(scores.shape[1])     # (N, C)
+    present = [len(np.unique(column)) == 2 for column in truth.T]
+    options = {"average": "macro"} if several else {"multi_class": "ovr"}
+    predicted = (scores > 0.5).astype(int) if several else scores.argmax(1)
+    two = scores.shape[1] == 2 and not several
+    f1 = {name: float(metrics.f1_score(labels, predicted, average=average, zero_division=0.0))
+          for name, average in (("F1", "macro"), ("F1 paper", "binary" if two else "micro"))}
+    recalls = [None, None]
+    if two and threshold is not None and all(present):
+        recalls = metrics.recall_score(labels, scores[:, 1] >= threshold, average=None).tolist()
+    distance = ((scores.astype(float) - truth) ** 2).sum(1).mean()
+    return {
+        "ACC": float((labels == predicted).mean()),
+        "balanced ACC": None if several or not all(present) else float(
+            metrics.balanced_accuracy_score(labels, predicted)),
+        "AUC": float(metrics.roc_auc_score(labels, scores[:, 1] if two else scores, **options))
+        if all(present) else None,
+        **f1, "sensitivity": recalls[1], "specificity": recalls[0],
+        "Brier": float(distance / (scores.shape[1] if several else 2)),
+    }
 
 
 def choose_threshold(labels: np.ndarray, scores: np.ndarray) -> float | None:

@@ -70,7 +70,7 @@ def write_study(folder, strengths, seeds=3, **changes):
 def test_two_class_scores_are_scikit_learns():
     scores = draw_scores(0.5, 0)
     said, p = scores.argmax(1), scores[:, 1]
-    assert medssl.score(LABELS, scores, threshold=0.3) == pytest.approx({
+    assert medssl.score(LABELS, scores, threshold=0.3) == {
         "ACC": metrics.accuracy_score(LABELS, said),
         "balanced ACC": metrics.balanced_accuracy_score(LABELS, said),
         "AUC": metrics.roc_auc_score(LABELS, p),
@@ -78,14 +78,14 @@ def test_two_class_scores_are_scikit_learns():
         "F1 paper": metrics.f1_score(LABELS, said),
         "sensitivity": metrics.recall_score(LABELS, p >= 0.3),
         "specificity": metrics.recall_score(LABELS, p >= 0.3, pos_label=0),
-        "Brier": metrics.brier_score_loss(LABELS, p)}, abs=1e-12)
+        "Brier": pytest.approx(metrics.brier_score_loss(LABELS, p))}
 
 
 def test_many_class_scores_are_scikit_learns_and_micro_f1_is_accuracy():
     labels = np.arange(60) % 4
     scores = np.random.default_rng(0).dirichlet(np.ones(4), 60)
     found = medssl.score(labels, scores)
-    assert found["AUC"] == pytest.approx(metrics.roc_auc_score(labels, scores, multi_class="ovr"))
+    assert found["AUC"] == metrics.roc_auc_score(labels, scores, multi_class="ovr")
     assert found["F1 paper"] == pytest.approx(found["ACC"])
     assert found["sensitivity"] is None
     truth = np.eye(4)[labels]
@@ -98,8 +98,8 @@ def test_several_labels_an_image_are_scored_label_by_label():
     labels = rng.integers(0, 2, (40, 3))
     scores = rng.random((40, 3))
     found = medssl.score(labels, scores)
-    assert found["AUC"] == pytest.approx(metrics.roc_auc_score(labels, scores))
-    assert found["ACC"] == pytest.approx(((scores > 0.5) == labels).mean())
+    assert found["AUC"] == metrics.roc_auc_score(labels, scores)
+    assert found["ACC"] == ((scores > 0.5) == labels).mean()
     assert found["Brier"] == pytest.approx(((scores - labels) ** 2).mean())
 
 
@@ -176,27 +176,6 @@ def case(classes):
     return labels, scores / scores.sum(1, keepdims=True)
 
 
-def scikit_learns(labels, scores, threshold):
-    """What scikit-learn says of the same labels and probabilities; NaN where it says nothing."""
-    several = labels.ndim == 2
-    truth = labels if several else labels[:, None] == np.arange(scores.shape[1])
-    said = (scores > 0.5).astype(int) if several else scores.argmax(1)
-    two, defined = scores.shape[1] == 2 and not several, all(0 < c.mean() < 1 for c in truth.T)
-    f1 = {name: metrics.f1_score(labels, said, average=average, zero_division=0.0)
-          for name, average in (("F1", "macro"), ("F1 paper", "binary" if two else "micro"))}
-    recalls = metrics.recall_score(labels, scores[:, 1] >= threshold, average=None) if (
-        two and defined) else [np.nan, np.nan]
-    distance = ((scores - truth) ** 2).sum(1).mean()
-    options = {"average": "macro"} if several else {"multi_class": "ovr"}
-    return {
-        "ACC": (labels == said).mean(), **f1, "specificity": recalls[0], "sensitivity": recalls[1],
-        "balanced ACC": np.nan if several or not defined else
-        metrics.balanced_accuracy_score(labels, said),
-        "AUC": metrics.roc_auc_score(labels, scores[:, 1] if two else scores, **options)
-        if defined else np.nan,
-        "Brier": distance / (scores.shape[1] if several else 2)}
-
-
 @pytest.mark.parametrize("classes", [2, 5, "several"])
 def test_bootstrap_equals_scikit_learn_draw_by_draw(classes):
     labels, scores = case(classes)
@@ -204,22 +183,10 @@ def test_bootstrap_equals_scikit_learn_draw_by_draw(classes):
     found = {m: medssl._weighted_score(m, labels, scores, weights, 0.4) for m in medssl.SCORES}
     for d, draw in enumerate(weights.T):
         index = np.repeat(np.arange(50), draw.astype(int))
-        assert {m: found[m][d] for m in medssl.SCORES} == pytest.approx(
-            scikit_learns(labels[index], scores[index], 0.4), abs=1e-12, nan_ok=True)
-
-
-@pytest.mark.parametrize("classes", [2, 5, "several"])
-@pytest.mark.parametrize("count", [2, 3, 10, 50])
-def test_scores_equal_scikit_learns_also_where_classes_are_missing(classes, count):
-    labels, scores = (array[:count] for array in case(classes))
-    expected = scikit_learns(labels, scores, 0.4)
-    assert medssl.score(labels, scores, threshold=0.4) == {
-        m: None if np.isnan(expected[m]) else pytest.approx(expected[m]) for m in medssl.SCORES}
-
-
-def test_probabilities_that_are_no_numbers_have_no_score():
-    with pytest.raises(ValueError, match="60 of 60 rows of scores are not finite"):
-        medssl.score(LABELS, np.full((60, 2), np.nan))
+        said = medssl.score(labels[index], scores[index], threshold=0.4)
+        values = {m: None if np.isnan(found[m][d]) else found[m][d] for m in medssl.SCORES}
+        assert values == {m: v if v is None else pytest.approx(v, abs=1e-12)
+                          for m, v in said.items()}
 
 
 def test_a_draw_without_a_class_is_undefined_and_left_out_of_the_interval():
