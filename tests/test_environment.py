@@ -325,6 +325,19 @@ def test_make_names_a_folder_of_images_so_that_notebooks_find_it(given, meant):
     assert f'-r dataset "{meant}"' in plan and f"['{meant}']" in plan
 
 
+@pytest.mark.parametrize("settings, methods", [
+    ([], ["random", *medssl.METHODS]),
+    (["WEIGHTS=published"], ["random", *medssl.METHODS]),
+    (["WEIGHTS=published", "DATASET=organsmnist", "RECIPE=paper"],
+     ["random", *medssl.METHODS, "ImageNet"]),
+])
+def test_make_shows_notebook_04_every_method_of_the_grid(settings, methods):
+    plan = subprocess.run(["make", "-n", "workbook", *settings], cwd=ROOT, check=True,
+                          capture_output=True, text=True).stdout.replace("\\\n", " ")
+    given = re.search(r'notebooks/04_run_study.* -y "(.*)"', plan)[1]
+    assert yaml.safe_load(given)["methods"] == methods
+
+
 def test_an_old_python_is_refused_with_the_way_out(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
