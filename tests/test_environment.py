@@ -278,6 +278,7 @@ def test_web_pages_link_to_each_other_and_keep_the_words_of_pictures(tmp_path):
     for text in html.values():
         assert set(re.findall(r'href="(\w+\.\w+)"', text)) == set(html)
         assert 'alt="a black point"' in text
+        assert not re.search(r'src="https?:|import\("https?:', text), "a page fetches a script"
     assert "as it ran" in html["02_two.html"] and "as committed" not in html["02_two.html"]
 
 
