@@ -5,6 +5,7 @@ import base64
 import importlib.util
 import io
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image, ImageColor
 
 import medssl_utils as medssl
@@ -190,6 +192,27 @@ def test_colab_cell_follows_the_parameters(copy_of_project):
         assert '"gdown>=6"' in cells[2].source
         counts = [c.execution_count for c in cells if c.cell_type == "code"]
         assert counts == list(range(1, len(counts) + 1))
+
+
+def colab_brings() -> dict[str, str]:
+    """Name -> version of what `make test-colab` takes for a Colab runtime's own."""
+    lines = (ROOT / ".ci" / "colab.txt").read_text("utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_what_colab_brings_or_the_cell_installs_is_all_that_notebooks_need():
+    brings = colab_brings()
+    allowed = {name for name, floor in floors(RUNTIME).items()
+               if name in brings and SpecifierSet(floor).contains(brings[name])}
+    # gdown is upgraded; Colab's own server and kernel serve in place of the others
+    others = set(floors(RUNTIME)) - allowed - set(badges.NOT_ON_COLAB)
+    assert others == {"gdown", "jupyterlab", "ipykernel"}
+
+
+def test_readme_installs_in_colab_what_is_missing_there():
+    command = re.search(r"%pip install -q (.*)", (ROOT / "README.md").read_text("utf-8"))[1]
+    missing = set(badges.NOT_ON_COLAB) - set(colab_brings())
+    assert set(shlex.split(command)) == {*missing, "gdown" + floors(RUNTIME)["gdown"]}
 
 
 @pytest.fixture
