@@ -92,8 +92,9 @@ run-%: $(READY)
 	OMP_NUM_THREADS=1 $(NOTEBOOK) "notebooks/$*.ipynb" "$(OUT)/$*.ipynb" \
 	    $(GIVE_$(firstword $(subst _, ,$*)))
 
+# Not by the file's name: Lab would take notebooks/ for its root, and runs/ could not be opened.
 lab: $(READY)  ## open JupyterLab
-	$(PY) -m jupyterlab notebooks/01_download_checkpoints.ipynb
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/01_download_checkpoints.ipynb
 
 html: $(READY)  ## write the notebooks, as they ran, as linked web pages into runs/html
 	$(PY) .ci/pages.py . "$(STUDY)"

@@ -67,8 +67,9 @@ def add_kernel(folder: Path, python: str) -> None:
     home = folder / "ipython"
     (home / "profile_default" / "startup").mkdir(parents=True)
     (home / "profile_default" / "startup" / "colab.py").write_text(START_UP)
-    # -P and no PYTHONPATH: only what is installed there, and the notebook's own folder
-    environment = {"IPYTHONDIR": str(home), "PYTHONPATH": "", "OMP_NUM_THREADS": "2"}
+    # no PYTHONPATH: only what is installed there, and the notebook's own folder
+    environment = {"IPYTHONDIR": str(home), "PYTHONPATH": "", "OMP_NUM_THREADS": "2",
+                   "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else Python 3.13 warns at each start
     (spec / "kernel.json").write_text(json.dumps(
         {"argv": argv, "display_name": "Colab", "language": "python", "env": environment}))
     os.environ["JUPYTER_PATH"] = str(folder / "jupyter")

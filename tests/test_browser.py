@@ -98,14 +98,16 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "notebooks/01_download_checkpoints.ipynb",
-               "--no-browser", "--allow-root", f"--port={port}", "--expose-app-in-browser",
-               "--IdentityProvider.token=test"]
+    said = subprocess.run(["make", "-n", "lab"], cwd=ROOT, check=True, capture_output=True,
+                          text=True).stdout
+    start = said.split(" -m jupyterlab ")[1].splitlines()[0].split()
+    command = [sys.executable, "-m", "jupyterlab", *start, "--no-browser", "--allow-root",
+               f"--port={port}", "--expose-app-in-browser", "--IdentityProvider.token=test"]
     own = {f"JUPYTERLAB_{kind}_DIR": str(folder / kind) for kind in ("WORKSPACES", "SETTINGS")}
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
                                   env={**os.environ, **own})
-    yield f"http://localhost:{port}/lab/tree/{{name}}?token=test"
+    yield f"http://localhost:{port}/lab/tree/notebooks/{{name}}?token=test"
     server.terminate()
     server.wait(30)
 

@@ -179,7 +179,9 @@ def test_badges_open_each_notebook_at_the_address(copy_of_project):
         tag = f"v{PROJECT['version']}"
         assert f"/github/someone/something/blob/{tag}/notebooks/{path.name})" in first
         assert f"/gh/someone/something/{tag}?urlpath=lab%2Ftree%2Fnotebooks%2F{path.name})" in first
-    assert "github/someone/something" in (copy_of_project / "README.md").read_text("utf-8")
+    readme = (copy_of_project / "README.md").read_text("utf-8")
+    assert f"/blob/{tag}/notebooks/{paths[0].name})" in readme
+    assert f"?urlpath=lab%2Ftree%2Fnotebooks%2F{paths[0].name})" in readme
 
 
 def test_colab_cell_follows_the_parameters(copy_of_project):
