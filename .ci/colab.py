@@ -3,9 +3,9 @@
     make test-colab                      (builds .venv-colab from .ci/colab.txt; ten minutes)
 
 Copies of the notebooks get the Colab cell of `make badges`, for an address that a local server
-plays. Then each runs from top to bottom in a bare folder without this project's code, the Colab
-cell twice; a module named google.colab stands for Colab. At the end, no package that Colab brings may have another
-version than before, but for gdown.
+plays. Then each runs from top to bottom, the Colab cell twice, in a bare folder without this
+project's code; a module named google.colab stands for Colab. At the end, no package that Colab
+brings may have another version than before, but for gdown.
 
 Usage: python .ci/colab.py PYTHON     (the Python of an environment with .ci/colab.txt installed)
 """
