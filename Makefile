@@ -21,6 +21,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.installed
 OUT := runs/$(STUDY)
+COMMA := ,
 # Below, -r passes a value as text: a study named 2024 stays a name.
 NOTEBOOK := $(PY) -m papermill --cwd notebooks --no-progress-bar
 
@@ -60,8 +61,11 @@ GIVE_02 := -r weights "$(WEIGHTS)"
 DATA = $(shell d="$(DATASET)"; [ ! -e "$$d" ] || [ "$${d#/}" != "$$d" ] || printf "%s/" "$(CURDIR)"; \
     printf "%s" "$$d")
 # 04 looks at the grid that has just run, so it trains nothing.
+ANY_DEMO := $(filter stand-in,$(WEIGHTS))$(filter phantom,$(DATASET))$(filter demo,$(RECIPE))
+METHODS := random, BYOL, SwAV, MoCo, SparK
 GIVE_04 = -r weights "$(WEIGHTS)" -r recipe "$(RECIPE)" -r study "$(STUDY)" -y "{datasets: \
-    ['$(DATA)'], methods: [random, BYOL, SwAV, MoCo, SparK], seeds: [0, 1], epochs: 0, image_size: 0}"
+    ['$(DATA)'], methods: [$(METHODS)$(if $(ANY_DEMO),,$(COMMA) ImageNet)], seeds: [0, 1], \
+    epochs: 0, image_size: 0}"
 GIVE_05 := -r study_dir "../$(OUT)"
 GIVE_06 = -r weights "$(WEIGHTS)" -r dataset "$(DATA)" -r recipe "$(RECIPE)"
 GIVE_07 := -r weights "$(WEIGHTS)"
@@ -88,8 +92,9 @@ run-%: $(READY)
 	OMP_NUM_THREADS=1 $(NOTEBOOK) "notebooks/$*.ipynb" "$(OUT)/$*.ipynb" \
 	    $(GIVE_$(firstword $(subst _, ,$*)))
 
+# Not by the file's name: Lab would take notebooks/ for its root, and runs/ could not be opened.
 lab: $(READY)  ## open JupyterLab
-	$(PY) -m jupyterlab notebooks/01_download_checkpoints.ipynb
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/01_download_checkpoints.ipynb
 
 html: $(READY)  ## write the notebooks, as they ran, as linked web pages into runs/html
 	$(PY) .ci/pages.py . "$(STUDY)"

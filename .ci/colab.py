@@ -3,9 +3,9 @@
     make test-colab                      (builds .venv-colab from .ci/colab.txt; ten minutes)
 
 Copies of the notebooks get the Colab cell of `make badges`, for an address that a local server
-plays. Then each runs from top to bottom in a bare folder without this project's code; a module
-named google.colab stands for Colab. At the end, no package that Colab brings may have another
-version than before, but for gdown.
+plays. Then each runs from top to bottom, the Colab cell twice, in a bare folder without this
+project's code; a module named google.colab stands for Colab. At the end, no package that Colab
+brings may have another version than before, but for gdown.
 
 Usage: python .ci/colab.py PYTHON     (the Python of an environment with .ci/colab.txt installed)
 """
@@ -67,8 +67,9 @@ def add_kernel(folder: Path, python: str) -> None:
     home = folder / "ipython"
     (home / "profile_default" / "startup").mkdir(parents=True)
     (home / "profile_default" / "startup" / "colab.py").write_text(START_UP)
-    # -P and no PYTHONPATH: only what is installed there, and the notebook's own folder
-    environment = {"IPYTHONDIR": str(home), "PYTHONPATH": "", "OMP_NUM_THREADS": "2"}
+    # no PYTHONPATH: only what is installed there, and the notebook's own folder
+    environment = {"IPYTHONDIR": str(home), "PYTHONPATH": "", "OMP_NUM_THREADS": "2",
+                   "PYDEVD_DISABLE_FILE_VALIDATION": "1"}  # else Python 3.13 warns at each start
     (spec / "kernel.json").write_text(json.dumps(
         {"argv": argv, "display_name": "Colab", "language": "python", "env": environment}))
     os.environ["JUPYTER_PATH"] = str(folder / "jupyter")
@@ -82,15 +83,23 @@ def versions(python: str) -> dict[str, str]:
 
 
 def run(path: Path, address: str, content: Path) -> float:
-    """Run one notebook from top to bottom; return its seconds. Raises on an error in a cell."""
+    """Run one notebook from top to bottom, its Colab cell twice; return its seconds.
+
+    Raises on an error in a cell, and SystemExit where versions or GPU are not said.
+    """
     notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        if "colab" in cell.metadata.get("tags", []):
-            cell.source = cell.source.replace("https://raw.githubusercontent.com", address)
-            cell.source = cell.source.replace('"/content/', f'"{content}/')
+    place, cell = next((i, c) for i, c in enumerate(notebook.cells)
+                       if "colab" in c.metadata.get("tags", []))
+    cell.source = cell.source.replace("https://raw.githubusercontent.com", address)
+    cell.source = cell.source.replace('"/content/', f'"{content}/')
+    notebook.cells.insert(place, nbformat.v4.new_code_cell(cell.source))
     began = time.monotonic()
     ExecutePreprocessor(kernel_name="colab", timeout=900).preprocess(
         notebook, {"metadata": {"path": str(content)}})
+    said = "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", []))
+    for word in ("GPU: ", "Python 3.", "torch 2."):
+        if word not in said:
+            sys.exit(f"{path.name} does not say {word!r}.")
     return time.monotonic() - began
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 from PIL import Image
 
-WIDTH = 640  # pixels
+WIDTH = 830  # pixels: a README's column on a code host, so that no browser shrinks the letters
 # Which of a notebook's pictures stands for it, counted from 0; a negative number from the end.
 CHOSEN = {"02": 0, "03": -1, "05": 0, "06": 0, "07": 0}
 
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
             continue
         image = Image.open(io.BytesIO(pictures(path)[CHOSEN[path.name[:2]]])).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        image = image.resize((WIDTH, round(image.height * WIDTH / image.width)), Image.LANCZOS)
+        image.thumbnail((WIDTH, image.height), Image.LANCZOS)
         image = image.quantize(128, method=Image.Quantize.FASTOCTREE)  # keeps the methods' colours
         image.save(target / f"{path.stem}.png", optimize=True)
         print(f"{path.stem}.png: {(target / f'{path.stem}.png').stat().st_size / 1e3:.0f} kB")

@@ -11,9 +11,14 @@ from pathlib import Path
 
 from nbconvert import HTMLExporter
 
-# nbconvert's lab pages leave out the words that a picture carries, and break lines within a word.
+# nbconvert's lab pages leave out the words that a picture carries, break lines within a word, and
+# fetch scripts for formulas, diagrams and widgets, of which there are none (but for widgets that
+# somebody ran).
 PAGE = """
 {%- extends "lab/index.html.j2" -%}
+{%- block html_head_js -%}{{ super() if "widgets" in nb.metadata }}{%- endblock -%}
+{%- block html_head_js_mathjax -%}{%- endblock -%}
+{%- block html_head_js_mermaidjs -%}{%- endblock -%}
 {%- block data_png scoped -%}
 {%- set alt = output | get_metadata("alt", "image/png") -%}
 {%- set image = super() -%}
@@ -21,7 +26,10 @@ PAGE = """
 {%- endblock data_png -%}
 {%- block body_header -%}
 {{ super() }}
-<style>.jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere }</style>
+<style>
+.jp-OutputArea-output pre { word-break: normal; overflow-wrap: anywhere }
+nav a { margin-right: 1em }
+</style>
 <nav class="jp-RenderedHTMLCommon">
 {%- for page in resources["pages"] %} <a href="{{ page }}.html">{{ page }}</a>{% endfor -%}
 </nav>

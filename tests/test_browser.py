@@ -44,18 +44,29 @@ SHOW_CELL = """
     return panel.content.scrollToItem(arguments[0], "start", 0).then(() => true);
 """
 
-
-CUT = """
-    const node = window.jupyterapp.shell.currentWidget.node;
-    const shown = [...node.querySelectorAll(".jp-OutputArea-output :is(img, table, svg)")];
-    return shown.map(e => e.getBoundingClientRect().right).filter(
-        right => right > node.getBoundingClientRect().right);
-"""
 NODE = "const node = window.jupyterapp.shell.currentWidget.content.widgets[arguments[0]].node;"
+# What a cell shows and the window cuts off, or scrolls sideways to show.
+CUT = NODE + """
+    const edge = window.jupyterapp.shell.currentWidget.node.getBoundingClientRect().right;
+    const shown = ".jp-OutputArea-output, .jp-OutputArea-output :is(img, table, svg)";
+    return [...node.querySelectorAll(shown)].filter(
+        part => part.getBoundingClientRect().right > edge || part.scrollWidth > part.clientWidth + 1
+    ).map(part => part.tagName + " " + part.innerText?.slice(0, 60));
+"""
 CONTROLS = NODE + "return node.querySelectorAll('.widget-interact select').length;"
 SHOWN = NODE + """
     const box = node.querySelector(".widget-interact");
     return box.innerText + [...box.querySelectorAll("img")].map(img => img.src).join();
+"""
+# Menus whose longest entry is cut off: where all entries begin alike, none could be told apart.
+CUT_MENUS = NODE + """
+    const pen = document.createElement("canvas").getContext("2d");
+    const menus = [...node.querySelectorAll(".widget-interact select:not([multiple])")];
+    return menus.flatMap(menu => {
+        pen.font = getComputedStyle(menu).font;
+        return [...menu.options].map(entry => entry.text).filter(
+            text => pen.measureText(text).width > menu.clientWidth - 24);  // room for the arrow
+    });
 """
 INTO_VIEW = NODE + "node.querySelector('.widget-interact').scrollIntoView({block: 'center'});"
 CHOOSE_ANOTHER = NODE + """
@@ -87,14 +98,16 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "jupyterlab", "notebooks/01_download_checkpoints.ipynb",
-               "--no-browser", "--allow-root", f"--port={port}", "--expose-app-in-browser",
-               "--IdentityProvider.token=test"]
+    said = subprocess.run(["make", "-n", "lab"], cwd=ROOT, check=True, capture_output=True,
+                          text=True).stdout
+    start = said.split(" -m jupyterlab ")[1].splitlines()[0].split()
+    command = [sys.executable, "-m", "jupyterlab", *start, "--no-browser", "--allow-root",
+               f"--port={port}", "--expose-app-in-browser", "--IdentityProvider.token=test"]
     own = {f"JUPYTERLAB_{kind}_DIR": str(folder / kind) for kind in ("WORKSPACES", "SETTINGS")}
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log,
                                   env={**os.environ, **own})
-    yield f"http://localhost:{port}/lab/tree/{{name}}?token=test"
+    yield f"http://localhost:{port}/lab/tree/notebooks/{{name}}?token=test"
     server.terminate()
     server.wait(30)
 
@@ -164,6 +177,17 @@ def errors(state: dict) -> list[str]:
             for output in outputs if output["output_type"] == "error"]
 
 
+def cut_off(driver) -> list[str]:
+    """What is wider than a laptop's window, in any cell; Lab draws a cell once it is in view."""
+    cells = driver.execute_script(
+        "return window.jupyterapp.shell.currentWidget.content.widgets.length;")
+    found = []
+    for cell in range(cells):
+        driver.execute_script(SHOW_CELL, cell)
+        found += driver.execute_script(CUT, cell)
+    return found
+
+
 def cells_with_controls(driver) -> list[int]:
     """Numbers of the cells whose output has controls that a function follows."""
     return driver.execute_script("""
@@ -176,6 +200,7 @@ def move(driver, name: str, cell: int) -> None:
     """Choose another entry of a cell's first menu; wait until what it shows has changed."""
     driver.execute_script(SHOW_CELL, cell)
     wait_for(driver, lambda s: driver.execute_script(CONTROLS, cell), "controls")
+    assert driver.execute_script(CUT_MENUS, cell) == [], "wider than their menu"
     before = driver.execute_script(SHOWN, cell)
     assert driver.execute_script(CHOOSE_ANOTHER, cell), "no menu with a second entry"
     wait_for(driver, lambda s: driver.execute_script(SHOWN, cell) != before,
@@ -196,4 +221,4 @@ def test_notebook_runs_from_the_menu_without_an_error(name, browser, lab):
         move(browser, name, cell)
     page = browser.find_element("tag name", "body").text
     assert "Error displaying widget" not in page and "Loading widget" not in page
-    assert browser.execute_script(CUT) == [], "wider than a laptop's window shows"
+    assert cut_off(browser) == [], "wider than a laptop's window shows"

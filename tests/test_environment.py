@@ -5,6 +5,7 @@ import base64
 import importlib.util
 import io
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from PIL import Image, ImageColor
 
 import medssl_utils as medssl
@@ -177,7 +179,9 @@ def test_badges_open_each_notebook_at_the_address(copy_of_project):
         tag = f"v{PROJECT['version']}"
         assert f"/github/someone/something/blob/{tag}/notebooks/{path.name})" in first
         assert f"/gh/someone/something/{tag}?urlpath=lab%2Ftree%2Fnotebooks%2F{path.name})" in first
-    assert "github/someone/something" in (copy_of_project / "README.md").read_text("utf-8")
+    readme = (copy_of_project / "README.md").read_text("utf-8")
+    assert f"/blob/{tag}/notebooks/{paths[0].name})" in readme
+    assert f"?urlpath=lab%2Ftree%2Fnotebooks%2F{paths[0].name})" in readme
 
 
 def test_colab_cell_follows_the_parameters(copy_of_project):
@@ -190,6 +194,27 @@ def test_colab_cell_follows_the_parameters(copy_of_project):
         assert '"gdown>=6"' in cells[2].source
         counts = [c.execution_count for c in cells if c.cell_type == "code"]
         assert counts == list(range(1, len(counts) + 1))
+
+
+def colab_brings() -> dict[str, str]:
+    """Name -> version of what `make test-colab` takes for a Colab runtime's own."""
+    lines = (ROOT / ".ci" / "colab.txt").read_text("utf-8").splitlines()
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_what_colab_brings_or_the_cell_installs_is_all_that_notebooks_need():
+    brings = colab_brings()
+    allowed = {name for name, floor in floors(RUNTIME).items()
+               if name in brings and SpecifierSet(floor).contains(brings[name])}
+    # gdown is upgraded; Colab's own server and kernel serve in place of the others
+    others = set(floors(RUNTIME)) - allowed - set(badges.NOT_ON_COLAB)
+    assert others == {"gdown", "jupyterlab", "ipykernel"}
+
+
+def test_readme_installs_in_colab_what_is_missing_there():
+    command = re.search(r"%pip install -q (.*)", (ROOT / "README.md").read_text("utf-8"))[1]
+    missing = set(badges.NOT_ON_COLAB) - set(colab_brings())
+    assert set(shlex.split(command)) == {*missing, "gdown" + floors(RUNTIME)["gdown"]}
 
 
 @pytest.fixture
@@ -278,6 +303,7 @@ def test_web_pages_link_to_each_other_and_keep_the_words_of_pictures(tmp_path):
     for text in html.values():
         assert set(re.findall(r'href="(\w+\.\w+)"', text)) == set(html)
         assert 'alt="a black point"' in text
+        assert not re.search(r'src="https?:|import\("https?:', text), "a page fetches a script"
     assert "as it ran" in html["02_two.html"] and "as committed" not in html["02_two.html"]
 
 
@@ -323,6 +349,19 @@ def test_make_names_a_folder_of_images_so_that_notebooks_find_it(given, meant):
     plan = subprocess.run(["make", "-n", "workbook", f"DATASET={given}"], cwd=ROOT, check=True,
                           capture_output=True, text=True).stdout
     assert f'-r dataset "{meant}"' in plan and f"['{meant}']" in plan
+
+
+@pytest.mark.parametrize("settings, methods", [
+    ([], ["random", *medssl.METHODS]),
+    (["WEIGHTS=published"], ["random", *medssl.METHODS]),
+    (["WEIGHTS=published", "DATASET=organsmnist", "RECIPE=paper"],
+     ["random", *medssl.METHODS, "ImageNet"]),
+])
+def test_make_shows_notebook_04_every_method_of_the_grid(settings, methods):
+    plan = subprocess.run(["make", "-n", "workbook", *settings], cwd=ROOT, check=True,
+                          capture_output=True, text=True).stdout.replace("\\\n", " ")
+    given = re.search(r'notebooks/04_run_study.* -y "(.*)"', plan)[1]
+    assert yaml.safe_load(given)["methods"] == methods
 
 
 def test_an_old_python_is_refused_with_the_way_out(tmp_path):

@@ -111,8 +111,17 @@ def test_the_model_card_says_what_it_was_trained_on_and_must_not_be_used_for(fol
     card = (folder / "exported" / "MODEL_CARD.md").read_text("utf-8")
     for words in ("DEMO: this model must not be used for anything", "clear, hazy", "95 %",
                   "Must not be used** to diagnose or treat anyone", "64 files: PNG 64",
-                  "drawn with seed 0", "8 patients"):
+                  "drawn with seed 0", "8 patients", "Start: random, random weights",
+                  "1 epochs at 32 pixels"):
         assert words in card
+
+
+@pytest.mark.slow
+def test_the_model_card_of_a_linear_evaluation_tells_of_no_epochs(tmp_path):
+    write_folder(tmp_path / "mine", seed=1, n=32)
+    run_07(tmp_path, recipe="linear")
+    card = next((tmp_path / "runs").rglob("MODEL_CARD.md")).read_text("utf-8")
+    assert "Recipe linear: a head alone at 32 pixels" in card
 
 
 @pytest.mark.slow

@@ -30,10 +30,18 @@ def test_checkpoint_table_matches_the_module():
         assert int(re.match(r"\d+", unexpected)[0]) in checkpoint.unexpected
 
 
+def anchors(text: str) -> set[str]:
+    """The names that a code host gives to a file's headings, for links to them."""
+    titles = re.findall(r"^#+ (.*)", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_every_local_link_leads_somewhere():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    links = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", README)
     assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    for path, anchor in links:
+        assert (ROOT / path).exists(), path
+        assert not anchor or anchor in anchors((ROOT / (path or "README.md")).read_text("utf-8"))
 
 
 def test_every_make_command_exists():
