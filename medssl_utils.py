@@ -4503,7 +4503,7 @@ def _draw_history(rows: pd.DataFrame, title: str, chosen: int | None = None) -> 
             axis.axvline(rows[x][chosen], color="0.6", lw=1, label="chosen")
         axis.set(xlabel=unit, ylabel=text, xscale="log" if x == "C" else "linear")
         if x == "epoch":
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axis.legend(fontsize=8)
     right.set_ylim(0, 1.02)
     figure.suptitle(title, fontsize=10)
