@@ -1306,10 +1306,14 @@ class Split:
         shape = " x ".join(map(str, self.images.shape[1:]))
         return f"Split({len(self)} images, {shape} {self.images.dtype})"
 
+    @property
+    def columns(self) -> tuple[np.ndarray | None, ...]:
+        """What stands above, in that order."""
+        return self.images, self.labels, self.ids, self.groups, self.articles
+
     def take(self, index: np.ndarray) -> Split:
         """Return the images at `index` as a new Split."""
-        columns = (self.images, self.labels, self.ids, self.groups, self.articles)
-        return Split(*(None if c is None else c[index] for c in columns))
+        return Split(*(None if c is None else c[index] for c in self.columns))
 
     @property
     def ids_fingerprint(self) -> str:
@@ -1490,6 +1494,7 @@ def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
 
 COVID_CT_CLASSES = ("COVID", "NonCOVID")      # the authors' order: COVID is label 0
 COVID_CT_URL = "https://github.com/UCSD-AI4H/COVID-CT"
+COVID_CT_ARTICLE = r"CT_COVID/(.+?)(?:-p\d+-|_\d|%\d|\.\w+$|$)"  # files bear its name first
 COVID_CT_MEAN, COVID_CT_STD = (0.5600, 0.5596, 0.5596), (0.2905, 0.2907, 0.2908)  # authors' code
 
 
@@ -1511,13 +1516,13 @@ def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
         broken += [f"{row.id}: {fact['reason']}"] if fact["reason"] else []
         jpegs += fact["kind"] == "JPEG" and row.id.endswith(".png")
         for picture in pictures:
-            images[row.Index] = _as_rgb(picture)
+            images[row.Index] = picture if picture.ndim == 3 else picture[..., None]
     if broken:
         raise ValueError(f"{len(broken)} of {len(table)} images can't be read:\n  "
                          + "\n  ".join(broken))
     pool = Split(images, table["label"].to_numpy(), table["id"].to_numpy(str),
                  np.array([patients.get(i.rpartition(".")[0], "") for i in table["id"]]),
-                 np.array([_covid_ct_article(i) for i in table["id"]]))
+                 table["id"].str.extract(COVID_CT_ARTICLE)[0].fillna("").to_numpy(str))
     notes += [f"{jpegs} JPEG files are named .png."] if jpegs else []
     left = sum(map(len, files.values())) - len(table)
     notes += [f"{left} images are in no split list and were left out."] if left else []
@@ -1561,12 +1566,6 @@ def _covid_ct_list(
                                 f"missing, among them {missing[:3]}.")
     return pd.DataFrame({"part": part, "label": label, "id": [f"CT_{kind}/{n}" for n in listed],
                          "file": [files[name] for name in listed]})
-
-
-def _covid_ct_article(image_id: str) -> str:
-    """Return the source article of a COVID image, "" for others: names are article-pPAGE-..."""
-    kind, name = image_id.split("/")
-    return re.split(r"-p\d+-|_\d|%\d", Path(name).stem)[0] if kind == "CT_COVID" else ""
 
 
 def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -1973,13 +1972,10 @@ def _write_pictures(path: Path, found: Iterator[_Found], shape: tuple[int, ...])
                 return {}
             facts.append(fact)
             for picture in pictures:
-                file.write((_as_rgb(picture) if len(shape) == 3 else picture).tobytes())
+                if picture.ndim < len(shape):
+                    picture = picture[..., None].repeat(3, axis=2)
+                file.write(picture.tobytes())
     return {"shape": [sum(len(fact["numbers"]) for fact in facts), *shape], "facts": facts}
-
-
-def _as_rgb(picture: np.ndarray) -> np.ndarray:
-    """Return (S, S) or (S, S, 3) as (S, S, 3)."""
-    return picture if picture.ndim == 3 else picture[..., None].repeat(3, axis=2)
 
 
 def _read_files(paths: list[Any], read: Callable[[Any], _Found]) -> Iterator[_Found]:
@@ -2173,18 +2169,14 @@ def _read_nifti(path: Path, options: ReadOptions) -> _Reading:
     if volume.get_data_dtype().kind not in "iuf":
         raise ValueError(f"its values are {volume.get_data_dtype()}, expected one number a voxel")
     plane = PLANES.index(options.plane)
-    place = [int(np.flatnonzero(turns[:, 0] == axis)[0]) for axis in range(3)]
-    across = place.pop(plane)
-    width, height = (volume.shape[axis] for axis in place)
-    count = volume.shape[across]
-    yield {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": width,
-           "height": height, "count": count, "deep": True}
-    whole = volume.dataobj.get_unscaled()
+    sides = [volume.shape[axis] for axis in turns[:, 0].argsort()]   # to the right, front, top
+    count = sides.pop(plane)
+    yield {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": sides[0],
+           "height": sides[1], "count": count, "deep": True}
+    whole = nibabel.apply_orientation(volume.dataobj.get_unscaled(), turns)          # a view
     for number in _chosen(count, options.slices):
-        level = count - 1 - number if turns[across, 1] < 0 else number
-        slab = whole.take([level], across) * volume.dataobj.slope + volume.dataobj.inter
-        slab = nibabel.apply_orientation(slab, turns).take(0, plane)
-        yield number, _scaled(slab[::-1, ::-1].T, options, True)     # right on the left, top up
+        values = whole.take(number, plane) * volume.dataobj.slope + volume.dataobj.inter
+        yield number, _scaled(values[::-1, ::-1].T, options, True)   # right on the left, top up
 
 
 # Splits and subsets ----------------------------------------------------------
@@ -2199,7 +2191,8 @@ def _regroup(data: DataSplits, seed: int) -> DataSplits:
         raise ValueError(f"{data.name} can't be split by group: "
                          f"{'multi-label' if data.train.groups is not None else 'no patient ids'}"
                          f". Use split='official'.")
-    pool = _join(list(data.parts.values()))
+    columns = zip(*(part.columns for part in data.parts.values()))
+    pool = Split(*(None if c[0] is None else np.concatenate(c) for c in columns))
     parts = np.full(len(pool), "train")
     _draw_parts(data.name, pool, parts, ("test", "val"), data.class_names, seed)
     return dataclasses.replace(
@@ -2213,44 +2206,27 @@ def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str
                 class_names: Sequence[str], seed: int) -> None:
     """Draw the missing of `parts` (N,) from train: a quarter as test, a fifth of the rest as val.
 
-    Both only about so: stratified by class, and what belongs together stays in one part.
+    Both only about so: stratified by class, and what belongs together stays in one part. Of the
+    folds that scikit-learn makes, the first is taken where it and the rest have every class.
     """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     units = _split_units(pool)
     for left, part in zip(range(len(missing), 0, -1), missing):
         index = np.flatnonzero(parts == "train")
-        counts = pd.Series(units[index]).groupby(pool.labels[index]).nunique()
+        labels, together = pool.labels[index], units[index]
+        counts = pd.Series(together).groupby(labels).nunique()
         if counts.min() <= left:
             raise ValueError(f"{name}: class {class_names[counts.idxmin()]} has {counts.min()} "
                              f"patients (or images without one), {left + 1} are needed to draw "
                              f"{part}. Add images, or name the parts yourself.")
-        folds = min({"test": 4, "val": 5}[part], counts.min())
-        parts[_hold_out(index, pool.labels, units, folds, seed)] = part
-
-
-def _hold_out(index: np.ndarray, labels: np.ndarray, units: np.ndarray, folds: int,
-              seed: int) -> np.ndarray:
-    """Return one of `folds` stratified parts of `index`, of whole units.
-
-    Of scikit-learn's parts the first where it and the rest have every class.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    alone = len(np.unique(units[index])) == len(index)               # the quicker one will do
-    kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
-        folds, shuffle=True, random_state=seed)
-    found = kfold.split(index, labels[index], None if alone else units[index])
-    pairs = [(index[rest], index[part]) for rest, part in found]
-    return next((part for rest, part in pairs if set(labels[rest]) == set(labels[part])),
-                pairs[0][1])
-
-
-def _join(parts: Sequence[Split]) -> Split:
-    """Return several Splits as one."""
-    def column(name: str) -> np.ndarray | None:
-        arrays = [getattr(part, name) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    return Split(*(column(f.name) for f in dataclasses.fields(Split)))
+        alone = len(np.unique(together)) == len(together)            # the quicker one will do
+        kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
+            min({"test": 4, "val": 5}[part], counts.min()), shuffle=True, random_state=seed)
+        folds = list(kfold.split(index, labels, None if alone else together))
+        fold = next((fold for rest, fold in folds if set(labels[rest]) == set(labels[fold])),
+                    folds[0][1])
+        parts[index[fold]] = part
 
 
 def _split_units(part: Split) -> np.ndarray:
@@ -4553,9 +4529,6 @@ def _demo_wrapper(method: str, state: dict[str, torch.Tensor]) -> dict[str, Any]
             "lr_schedulers": [], **mixed, "hparams_name": "kwargs", "hyper_parameters": {}}
 
 
-SLICES_PER_PATIENT = 2
-
-
 def demo_data(
     seed: int = 0, *, n_train: int = 240, n_val: int = 48, n_test: int = 120, image_size: int = 48,
 ) -> DataSplits:
@@ -4589,7 +4562,7 @@ def _phantom_split(seed: int, number: int, n: int, size: int) -> Split:
     """Draw the `n` slices of split `number` (0 train, 1 val, 2 test)."""
     images, labels, ids, groups = np.zeros((n, size, size), np.uint8), [], [], []
     for i in range(n):
-        patient, slice_ = divmod(i, SLICES_PER_PATIENT)
+        patient, slice_ = divmod(i, 2)
         if slice_ == 0:
             rng = np.random.default_rng([seed, number, patient])
             body = _phantom_patient(rng)
