@@ -1484,7 +1484,7 @@ def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
                 labels = labels if task == "multi-label" else labels.reshape(-1)
                 ids = np.array([f"{part}/{i:06d}" for i in range(len(labels))])
                 parts[part] = Split(images, labels, ids)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a MedMNIST file ({error}). It must hold train_images, "
                          f"train_labels and the same for val and test.") from error
     return parts
@@ -1610,9 +1610,10 @@ DICOM_TAGS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel
 class ReadOptions:
     """How the files of a folder become pictures.
 
-    Pictures of 8 bits a channel stay as they are. Deeper grey values (16-bit PNG and TIFF, DICOM
-    after its rescale slope and intercept, NIfTI) are scaled to 0..255 linearly: over `window`, or
-    by default over each picture's own range, as the checkpoints' pre-training slices were.
+    Pictures of 8 bits a channel stay as they are; deeper colour is refused. Deeper grey values
+    (16-bit PNG and TIFF, DICOM after its rescale slope and intercept, NIfTI) are scaled to 0..255
+    linearly: over `window`, or by default over each picture's own range, as the checkpoints'
+    pre-training slices were.
 
     Attributes:
         on_error: "stop" with a list of all files that can't be read, or "skip" them.
@@ -1789,7 +1790,9 @@ def _intensity(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[str]]:
     """List the image files: path (below the folder), file, label, split, patient; count others."""
-    tables = [folder] if folder.is_file() else sorted(folder.glob("*.csv")) if labelled else []
+    tables = [folder] if folder.is_file() else [
+        path for path in sorted(folder.iterdir())
+        if labelled and path.suffix.lower() == ".csv" and path.name[0] != "."]
     if len(tables) == 1:
         return _list_csv(tables[0]), Counter()
     if tables:
@@ -1869,10 +1872,13 @@ def _list_csv(path: Path) -> pd.DataFrame:
         text = path.read_text("utf-8-sig")
         mark = next((s for s in (",", ";", "\t") if s in text.partition("\n")[0]), ",")
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=mark)
-    except ValueError as error:                                      # also: not UTF-8, no table
+        table = table.rename(columns=lambda name: name.strip().lower()).reindex(
+            columns=["path", "label", "split", "patient"], fill_value="")
+    except ValueError as error:                       # also: not UTF-8, no table, a column twice
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
-    table = table.rename(columns=lambda name: name.strip().lower()).reindex(
-        columns=["path", "label", "split", "patient"], fill_value="")
+    if not isinstance(table.index, pd.RangeIndex):                   # pandas shifts the columns
+        raise ValueError(f"{path} has rows that are longer than its first line. A {mark!r} within "
+                         f"a value needs the value in quotes.")
     table = table.apply(lambda column: column.str.strip())
     if table.empty or (table[["path", "label"]] == "").any(axis=None):
         raise ValueError(f"{path} must have the columns path and label, filled in every row. If "
@@ -1931,7 +1937,7 @@ def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
 def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
              data_dir: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds all pictures in order, their shape, and each file's facts."""
-    digest = hashlib.sha256(repr(("version 2", size, dtype, options.window, options.slices,
+    digest = hashlib.sha256(repr(("version 3", size, dtype, options.window, options.slices,
                                   options.plane)).encode())
     for path in paths:
         info = path.stat()
@@ -2069,9 +2075,14 @@ def _read_image(path: Path, options: ReadOptions) -> _Reading:
         for number in _chosen(count, options.slices):
             image.seek(number)
             _check_size(*image.size)                                 # a page has its own
+            deep, tags = image.mode[0] in "IF", image.tag_v2 if kind == "TIFF" else {}
+            bits = max(tags.get(258, (16 if ";16B" in str(image.tile) else 8,)))
+            if bits > 8 and not deep:                                # Pillow would keep eight
+                raise ValueError(f"colour, or grey with transparency, of {bits} bits a channel: "
+                                 f"save it with 8 bits, or as grey alone")
             seen = ImageOps.exif_transpose(image)
-            deep = seen.mode[0] in "IF"
-            yield number, _scaled(np.asarray(seen), options, False) if deep else _as_seen(seen)
+            values = _scaled(np.asarray(seen), options, False) if deep else _as_seen(seen)
+            yield number, 255 - values if deep and tags.get(262) == 0 else values    # 0 is white
 
 
 def _as_seen(image: Image.Image) -> np.ndarray:
@@ -2291,7 +2302,8 @@ def _stratified_subset(labels: np.ndarray, fraction: float, seed: int,
     member = _class_members(labels)                                  # (N, C) bool
     names = np.array([f"image {i}" for i in range(len(labels))])
     if groups is not None:
-        names = np.where(groups == "", names, np.char.add("patient ", groups.astype(str)))
+        groups = np.asarray(groups, str)
+        names = np.where(groups == "", names, np.char.add("patient ", groups))
     _, unit = np.unique(names, return_inverse=True)                  # (N,) unit of each image
     sizes = np.bincount(unit)                                        # (U,)
     counts = np.stack([np.bincount(unit, column) for column in member.T], 1)     # (U, C)
@@ -2400,6 +2412,8 @@ def check_splits(
         method: the checkpoint whose pre-training intensities the images are held against.
         fractions, seed, min_per_class: label subsets to count, chosen as `label_subset` does.
     """
+    if method:
+        check_choice(method, (*METHODS, *CONTROLS), "method")
     report = SplitReport(data.name)
     leaks: list[str] = []
     images = _list_images(data)
@@ -2417,7 +2431,7 @@ def check_splits(
         shared = shared[(shared > 0).sum(axis=1) > 1]
         if len(shared):
             report.tables[kind] = shared
-            text = f"{len(shared)} {kind} in more than one split: {', '.join(shared.index[:5])}."
+            text = f"{len(shared)} {kind} in more than one split: {_few(shared.index, 5)}."
             (leaks if kind == "patients" else report.warnings).append(text)
     if data.train.groups is None:
         report.warnings.append("Patients are not known: one may be in several splits, unseen.")
@@ -2453,6 +2467,8 @@ def _check_classes(
 def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) -> None:
     """Hold pixel values against 0..255 and against the checkpoint's pre-training input."""
     rows = {}
+    if not all(map(len, data.parts.values())):
+        return                                                       # _check_classes said so
     for name, part in data.parts.items():
         step = part.images.size // 4_000_000 | 1                     # 4 million pixels are enough
         sample = part.images.reshape(-1)[::step] / 255

@@ -150,6 +150,16 @@ def test_a_broken_file_is_an_error_even_if_allowed(tmp_path):
         m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
 
 
+def test_a_file_damaged_within_its_pixels_is_an_error_even_if_allowed(tmp_path):
+    with np.load(io.BytesIO(medmnist_bytes())) as file:
+        np.savez_compressed(tmp_path / "pneumoniamnist.npz", **file)
+    damaged = bytearray((tmp_path / "pneumoniamnist.npz").read_bytes())
+    damaged[150:200] = bytes(50)
+    (tmp_path / "pneumoniamnist.npz").write_bytes(damaged)
+    with pytest.raises(ValueError, match="not a MedMNIST file"):
+        m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
+
+
 @pytest.mark.parametrize("name, task, labels, channels, shape", [
     ("breastmnist", "binary", 1, 0, (20,)), ("bloodmnist", "multi-class", 1, 3, (20,)),
     ("retinamnist", "ordinal", 1, 3, (20,)), ("chestmnist", "multi-label", 14, 0, (20, 14))])
@@ -401,6 +411,13 @@ def test_a_patient_is_in_or_out_as_a_whole():
     assert not set(groups[chosen]) & set(np.delete(groups, chosen))
 
 
+def test_patients_may_come_as_a_list_or_as_numbers():
+    groups = np.repeat(np.arange(100), 4)
+    chosen = m.label_subset(LABELS, 0.2, groups=groups.astype(str))
+    assert np.array_equal(chosen, m.label_subset(LABELS, 0.2, groups=groups))
+    assert np.array_equal(chosen, m.label_subset(LABELS, 0.2, groups=groups.tolist()))
+
+
 def test_images_of_unknown_patients_are_chosen_one_by_one():
     groups = np.where(np.arange(400) < 40, "one patient", "")
     assert np.bincount(LABELS[m.label_subset(LABELS, 0.5, groups=groups)]).tolist() in (
@@ -544,6 +561,26 @@ def test_multi_label_counts_are_positives(phantoms):
     for part in m.SPLITS:
         data = plant(data, part, labels=labels[:len(getattr(data, part))])
     assert m.check_splits(data).tables["classes"]["train"].tolist() == [24, 48]
+
+
+@pytest.mark.parametrize("part", m.SPLITS)
+def test_a_part_without_images_is_an_error(phantoms, part):
+    bare = dataclasses.replace(phantoms, **{part: getattr(phantoms, part).take(slice(0))})
+    report = m.check_splits(bare)
+    assert f"{part} has no image of clear lungs, opacities: nothing to learn" in report.errors[0]
+
+
+def test_a_misspelt_method_is_named(phantoms):
+    with pytest.raises(ValueError, match="Did you mean 'BYOL'"):
+        m.check_splits(phantoms, method="byol")
+
+
+def test_patients_that_are_numbers_can_be_named(phantoms):
+    data = dataclasses.replace(phantoms, **{
+        name: dataclasses.replace(part, groups=np.arange(len(part)))
+        for name, part in phantoms.parts.items()})
+    assert any(error.startswith("16 patients in more than one split: 0, 1, 2, 3, 4 and 11 more")
+               for error in m.check_splits(data).errors)
 
 
 def test_ids_that_occur_twice_are_an_error(phantoms):

@@ -4,6 +4,7 @@ import gzip
 import os
 import re
 import shutil
+import struct
 import zlib
 from pathlib import Path
 
@@ -134,6 +135,8 @@ def test_a_csv_gives_label_split_and_patient(folder, tmp_path, mark, start):
     ("path,label,split\na.png,ill,dev", "split is 'dev' in some rows"),
     ("path,label\na.png,ill\n./a.png,ill", "lists files twice"),
     ("", "columns path and label|not a CSV"),
+    ("path,Path,label\na.png,a.png,ill", "not a CSV file.*duplicate"),
+    ("path,label\na.png,ill, left\nb.png,well,", "longer than its first line.*quotes"),
 ])
 def test_a_csv_with_a_fault_is_named(folder, read, text, words):
     for name in ("a.png", "b.png"):
@@ -147,6 +150,13 @@ def test_a_file_that_the_csv_lists_and_is_missing_is_named(folder, read):
     (folder / "list.csv").write_text("path,label\ngone.png,ill\n")
     with pytest.raises(FileNotFoundError, match="1 of 1 files .*list.csv lists.*gone.png"):
         read(labelled=True)
+
+
+def test_a_csv_is_found_under_a_name_in_capitals_and_hidden_ones_are_not_counted(folder, read):
+    write_image(folder / "all" / "a.png")
+    (folder / "LIST.CSV").write_text("path,label\nall/a.png,ill\n")
+    (folder / "._list.csv").write_bytes(b"\0\5\x16\7 as a Mac leaves it")
+    assert read(labelled=True).table["label"].tolist() == ["ill"]
 
 
 def test_two_csv_files_are_one_too_many(folder, read):
@@ -440,6 +450,49 @@ def test_x1_floats_that_are_not_finite_are_refused(folder, read):
         read()
 
 
+def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
+    """A PNG of any header: Pillow writes no 16 bits in colour, and no size that lies."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        data += struct.pack(">I4s", len(body), name) + body
+        data += struct.pack(">I", zlib.crc32(name + body))
+    return data
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_x1_a_png_of_16_bits_in_colour_is_refused_not_cut_to_8(folder, read, channels):
+    pixels = np.stack([DEEP] * channels, 2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    (folder / "a.png").write_bytes(png(8, 8, 16, {2: 4, 3: 2, 4: 6}[channels], rows))
+    with pytest.raises(ValueError, match="a.png: colour, or grey with transparency, of 16 bits"):
+        read()
+
+
+@pytest.mark.parametrize("planes", [1, 2])  # channels together, or one after the other
+def test_x1_a_tiff_of_16_bits_in_colour_is_refused_not_cut_to_8(folder, read, planes):
+    pixels = np.stack([DEEP] * 3, 2)
+    pixels = pixels if planes == 1 else pixels.transpose(2, 0, 1)
+    size, strips = pixels.nbytes, 1 if planes == 1 else 3
+    starts, lengths = [8 + i * size // strips for i in range(strips)], [size // strips] * strips
+    lists = [np.array([16] * 3, "<u2"), np.array(starts, "<u4"), np.array(lengths, "<u4")]
+    at = 8 + size + np.cumsum([0, *(values.nbytes for values in lists)])
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, at[0]), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, strips, at[1] if strips > 1 else 8), (277, 3, 1, 3), (278, 3, 1, 8),
+            (279, 4, strips, at[2] if strips > 1 else size), (284, 3, 1, planes)]
+    (folder / "a.tif").write_bytes(b"".join([
+        b"II*\0", int(at[3]).to_bytes(4, "little"), pixels.astype("<u2").tobytes(),
+        *(values.tobytes() for values in lists), len(tags).to_bytes(2, "little"),
+        *(struct.pack("<HHII", *map(int, tag)) for tag in tags), bytes(4)]))
+    with pytest.raises(ValueError, match="a.tif: colour, or grey with transparency, of 16 bits"):
+        read()
+
+
+def test_x1_a_tiff_of_16_bits_whose_0_is_white_is_inverted_as_viewers_do(folder, read):
+    Image.fromarray(DEEP).save(folder / "a.tif", tiffinfo={262: 0})  # Pillow does it for 8 bits
+    assert np.abs(read().images[0] - (255.0 - stretched(DEEP))).max() <= 1
+
+
 # X2, X3, X4: broken, junk, links ---------------------------------------------
 
 
@@ -612,20 +665,9 @@ def test_x5_odd_names_and_modes_are_reported(folder, read):
 # X6: bombs -------------------------------------------------------------------
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG with a right header for that size and next to no pixels."""
-    def chunk(name: bytes, body: bytes) -> bytes:
-        crc = zlib.crc32(name + body).to_bytes(4, "big")
-        return len(body).to_bytes(4, "big") + name + body + crc
-
-    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x00\x00\x00\x00")
-            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
-
-
 @pytest.mark.parametrize("side", [7_072, 12_000, 60_000])
 def test_x6_a_png_above_the_limit_is_refused_before_it_is_decoded(folder, read, side):
-    (folder / "bomb.png").write_bytes(png_that_claims(side, side))
+    (folder / "bomb.png").write_bytes(png(side, side, 8, 0, b"\0" * 1000))  # next to no pixels
     with pytest.raises(ValueError, match="bomb.png: .*(limit is 50,000,000 pixels|bomb)"):
         read()
 
