@@ -2135,20 +2135,24 @@ def _read_dicom(path: Path, options: ReadOptions) -> _Reading:
             raw = raw if raw.dtype == np.uint8 else (raw // 257).astype(np.uint8)
         if raw.ndim == 3 and raw.dtype != np.uint8:
             raise ValueError(f"a colour picture of {header.BitsStored} bits a channel")
-        yield number, raw if raw.ndim == 3 else _dicom_grey(raw, header, options)
+        yield number, raw if raw.ndim == 3 else _dicom_grey(raw, header, number, options)
 
 
-def _dicom_grey(raw: np.ndarray, header: Any, options: ReadOptions) -> np.ndarray:
+def _dicom_grey(raw: np.ndarray, header: Any, number: int, options: ReadOptions) -> np.ndarray:
     """Return stored grey values (H, W) as 0..255, bright where the viewer shows it bright."""
     from pydicom.pixels import apply_modality_lut
 
-    values = apply_modality_lut(raw, header)
+    groups = [*header.get("SharedFunctionalGroupsSequence", ()),     # enhanced: of all frames,
+              *header.get("PerFrameFunctionalGroupsSequence", ())[number:number + 1]]    # of one
+    rescale = next((group.PixelValueTransformationSequence[0] for group in groups
+                    if "PixelValueTransformationSequence" in group), header)
+    values = apply_modality_lut(raw, rescale)
     if raw.dtype != np.uint8 or header.BitsStored != 8 or not np.array_equal(raw, values):
         outside = header.get("PixelPaddingValue")                    # no part of the picture
         if outside is not None and 0 < np.sum(raw == outside) < raw.size:
             values = np.where(raw == outside, values[raw != outside].min(), values)
         values = _scaled(values, options, header.get("Modality") == "CT"
-                         and "RescaleIntercept" in header)
+                         and "RescaleIntercept" in rescale)
     return 255 - values if header.PhotometricInterpretation == "MONOCHROME1" else values
 
 
@@ -2433,8 +2437,9 @@ def check_splits(
             report.tables[kind] = shared
             text = f"{len(shared)} {kind} in more than one split: {_few(shared.index, 5)}."
             (leaks if kind == "patients" else report.warnings).append(text)
-    if data.train.groups is None:
-        report.warnings.append("Patients are not known: one may be in several splits, unseen.")
+    if unknown := int((images["patients"] == "").sum()):
+        report.warnings.append(f"Patients are not known for {unknown} of {len(images)} images: one "
+                               f"may be in several splits, unseen.")
     if data.published_split:
         report.warnings += [f"{leak} The published split is kept as it is." for leak in leaks]
     else:

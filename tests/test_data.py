@@ -525,7 +525,15 @@ def test_a_leak_in_a_published_split_is_a_warning(phantoms):
 def test_unknown_patients_are_a_warning(phantoms):
     bare = dataclasses.replace(phantoms, **{
         name: dataclasses.replace(getattr(phantoms, name), groups=None) for name in m.SPLITS})
-    assert any("Patients are not known" in w for w in m.check_splits(bare).warnings)
+    assert any("Patients are not known for 80 of 80 images" in w
+               for w in m.check_splits(bare).warnings)
+
+
+def test_some_unknown_patients_are_a_warning(covid_ct):
+    (covid_ct / "NonCOVID-CT-MetaInfo.csv").write_text("image name,patient id\n9.jpg,medpix_3\n")
+    data = m.load_data(covid_ct, image_size=16)
+    assert any("Patients are not known for 15 of 16 images" in w
+               for w in m.check_splits(data).warnings)
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])

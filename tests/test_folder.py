@@ -409,6 +409,23 @@ def test_x1_dicom_is_rescaled_before_the_window(folder, read, slope, intercept):
     assert np.abs(read(window="lung").images[0] - expected).max() <= 0.51
 
 
+@pytest.mark.parametrize("sequence", ["SharedFunctionalGroupsSequence",
+                                      "PerFrameFunctionalGroupsSequence"])
+def test_x1_an_enhanced_dicom_is_rescaled_as_each_frame_says(folder, read, sequence):
+    groups = []
+    for slope in (1, 2):
+        rescale, group = pydicom.Dataset(), pydicom.Dataset()
+        rescale.RescaleSlope, rescale.RescaleIntercept = slope, -1000
+        group.PixelValueTransformationSequence = [rescale]
+        groups.append(group)
+    shared = sequence.startswith("Shared")
+    write_dicom(folder / "a.dcm", np.stack([DEEP, DEEP]), NumberOfFrames=2,
+                **{sequence: groups[:1] if shared else groups})
+    for image, slope in zip(read(window="lung", slices="all").images, (1, 1 if shared else 2)):
+        expected = np.clip((DEEP.astype(float) * slope - 1000 + 1350) / 1500, 0, 1) * 255
+        assert np.abs(image - expected).max() <= 0.51
+
+
 def test_x1_dicom_without_rescale_has_no_hounsfield_units(folder, read):
     write_dicom(folder / "a.dcm", DEEP)
     with pytest.raises(ValueError, match="not known to be Hounsfield"):
