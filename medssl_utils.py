@@ -1599,7 +1599,6 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")    # of Pillow: no format that runs a program
 FILE_KINDS = {**dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), "image"),
               ".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI"}
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 MAX_PIXELS, MAX_FILE_PIXELS, MAX_PICTURES = 50_000_000, 500_000_000, 10_000   # the last: a file
 DICOM_DEFERRED = 1 << 26      # bytes: larger elements are read after the header was checked
 DICOM_TAGS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel",
@@ -2086,8 +2085,8 @@ def _read_image(path: Path, options: ReadOptions) -> _Reading:
 
 
 def _as_seen(image: Image.Image) -> np.ndarray:
-    """Return the pixels that a viewer shows on black, (H, W) or (H, W, 3) uint8."""
-    mode = "L" if image.mode in GREY_MODES else "RGB"
+    """Return 8 bits a channel as a viewer shows them on black, (H, W) or (H, W, 3)."""
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
@@ -2283,10 +2282,10 @@ def label_subset(
     if not 0 < fraction <= 1:
         raise ValueError(f"label_fraction is {fraction}; it must be above 0 and at most 1 "
                          f"(0.1 for a tenth of the labels).")
-    order = list(range(len(labels)))
     if rule == "stratified":
         chosen = _stratified_subset(np.asarray(labels), fraction, seed, groups, min_per_class)
     else:
+        order = list(range(len(labels)))
         if rule == "authors":
             random.Random(seed).shuffle(order)
         chosen = np.sort(np.array(order[:int(len(order) * fraction)], np.int64))
