@@ -1542,8 +1542,12 @@ def _covid_ct_images(folder: Path, kind: str) -> dict[str, Path | zipfile.Path]:
     """Map file name to path, if need be within a zip, of the images of `kind` (CT_COVID ...)."""
     for root in (folder, folder / "Images-processed"):
         place = root / kind
-        if not place.is_dir() and (root / f"{kind}.zip").is_file():
-            place = zipfile.Path(root / f"{kind}.zip", f"{kind}/")
+        if not place.is_dir() and (packed := root / f"{kind}.zip").is_file():
+            try:
+                place = zipfile.Path(packed, f"{kind}/")
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{packed} is no whole zip file ({error}). Copy it again from "
+                                 f"{COVID_CT_URL}.") from error
         if place.is_dir():
             return {p.name: p for p in place.iterdir() if p.is_file() and p.name[0] != "."}
     raise FileNotFoundError(f"{folder} has neither {kind}/ nor {kind}.zip, also not in "
@@ -1726,10 +1730,14 @@ def read_folder(
     cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
     files = pd.concat([files, pd.DataFrame(known["facts"])], axis=1)
     broken = files.loc[files["reason"] != "", ["path", "reason"]].reset_index(drop=True)
-    if len(broken) and (options.on_error == "stop" or len(broken) == len(files)):
+    asked, got = (set((part["split"] + "/" + part["label"]).str.strip("/"))
+                  for part in (files, files[files["reason"] == ""]))
+    if len(broken) and (options.on_error == "stop" or asked != got):
         listed = "\n  ".join(f"{path}: {reason}" for path, reason in broken.itertuples(index=False))
+        skip = (", or set on_error='skip' to go on without them" if asked == got else
+                f": without them nothing is left of {_few(sorted(asked - got)).strip() or folder}")
         raise ValueError(f"{len(broken)} of {len(files)} files can't be read:\n  {listed}\n"
-                         f"Mend or remove them, or set on_error='skip' to go on without them.")
+                         f"Mend or remove them{skip}.")
     if len(broken):
         notes.append(f"on_error='skip': {len(broken)} of {len(files)} files can't be read and "
                      f"were skipped: {_few(broken['path'], 5)}.")

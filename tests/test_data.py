@@ -256,6 +256,13 @@ def test_an_unreadable_image_within_a_zip_file_is_named(covid_ct):
         m.load_data(covid_ct, image_size=16)
 
 
+def test_a_damaged_zip_file_is_named(covid_ct):
+    shutil.rmtree(covid_ct / "CT_COVID")
+    (covid_ct / "CT_COVID.zip").write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match="CT_COVID.zip is no whole zip file.*Copy it again"):
+        m.load_data(covid_ct, image_size=16)
+
+
 def test_images_are_resized_by_area():
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
     resized = m._area_resize(image, 2, "float32")

@@ -551,6 +551,16 @@ def test_x2_nothing_but_broken_files_is_an_error_even_if_skipped(folder, read):
         read(on_error="skip")
 
 
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_x2_a_class_or_part_that_skipping_would_lose_is_an_error(folder, read, parts):
+    for part in parts:
+        write_classes(folder / part, 3, ("a", "b", "c"))
+    for path in (folder / parts[-1] / "c").iterdir():
+        path.write_text("no image")
+    with pytest.raises(ValueError, match=f"nothing is left of {Path(parts[-1], 'c').as_posix()}."):
+        read(labelled=True, on_error="skip")
+
+
 def test_x2_a_flipped_bit_in_a_png_is_noticed(folder, read):
     write_image(folder / "a.png", size=64)
     data = bytearray((folder / "a.png").read_bytes())
