@@ -2121,6 +2121,7 @@ def _read_dicom(path: Path, options: ReadOptions) -> _Reading:
     from pydicom.errors import InvalidDicomError
     from pydicom.filereader import read_file_meta_info
     from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.tag import Tag
 
     try:
         syntax = read_file_meta_info(path).get("TransferSyntaxUID")
@@ -2129,14 +2130,20 @@ def _read_dicom(path: Path, options: ReadOptions) -> _Reading:
     if syntax and syntax.is_deflated:                                # of unlimited size
         raise ValueError("a deflated DICOM file; convert it first, such as by dcmconv +te")
     header = dcmread(path, defer_size=DICOM_DEFERRED)
-    _check_dicom(header, syntax)
+    missing = [f"{name} {Tag(name)}" for name in DICOM_TAGS if header.get(name) is None]
+    missing += [] if syntax else ["TransferSyntaxUID (0002,0010)"]
+    if missing:
+        raise ValueError(f"no picture can be made: it lacks the tag {', '.join(missing)}")
     photometric, count = header.PhotometricInterpretation, int(header.get("NumberOfFrames") or 1)
     yield {"kind": "DICOM", "mode": _printable(f"{photometric} {header.BitsStored} bit"),
            "width": int(header.Columns), "height": int(header.Rows), "count": count,
            "deep": header.BitsStored > 8,
            "patient_id": _printable(str(header.get("PatientID") or ""))}
     for number in _chosen(count, options.slices):
-        raw = pixel_array(header, index=number)
+        try:
+            raw = pixel_array(header, index=number)
+        except RuntimeError as error:                                # no decoder, or none that can
+            raise ValueError(f"{_decoder_needed(syntax)}{error}") from error
         if photometric == "PALETTE COLOR":
             raw = apply_color_lut(raw, header)
             raw = raw if raw.dtype == np.uint8 else (raw // 257).astype(np.uint8)
@@ -2163,20 +2170,16 @@ def _dicom_grey(raw: np.ndarray, header: Any, number: int, options: ReadOptions)
     return 255 - values if header.PhotometricInterpretation == "MONOCHROME1" else values
 
 
-def _check_dicom(header: Any, syntax: Any) -> None:
-    """Name the tags that are missing, or the package that could decode the pixels."""
+def _decoder_needed(syntax: Any) -> str:
+    """Name the packages that may decode what is not decoded here, "" if all are there."""
     from pydicom.pixels import get_decoder
-    from pydicom.tag import Tag
 
-    missing = [f"{name} {Tag(name)}" for name in DICOM_TAGS if header.get(name) is None]
-    missing += [] if syntax else ["TransferSyntaxUID (0002,0010)"]
-    if missing:
-        raise ValueError(f"no picture can be made: it lacks the tag {', '.join(missing)}")
     decoder = get_decoder(syntax)
-    if not decoder.is_available:
-        needed = re.findall(r"pylibjpeg-\w+", " ".join(decoder.missing_dependencies)) or ["gdcm"]
-        raise ValueError(f"its transfer syntax, {syntax.name}, needs a decoder that is not "
-                         f"installed: pip install pylibjpeg {' '.join(needed)}")
+    needed = " ".join(re.findall(r"pylibjpeg-\w+", " ".join(decoder.missing_dependencies)))
+    which = ("another decoder, unless the file is damaged" if decoder.is_available
+             else "a decoder that is not installed")
+    return (f"its transfer syntax, {syntax.name}, needs {which}: pip install pylibjpeg {needed}. "
+            if needed else "")
 
 
 def _read_nifti(path: Path, options: ReadOptions) -> _Reading:

@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import faults_data
@@ -816,6 +817,14 @@ def test_x7_a_missing_decoder_names_syntax_and_package_and_heals(folder, read):
                               "pip install pylibjpeg pylibjpeg-libjpeg"):
         read()
     assert read().images.max() > 0  # the decoder is there now
+
+
+@pytest.mark.skipif(find_spec("libjpeg") is not None, reason="the decoder is installed")
+def test_x7_a_decoder_that_cannot_names_one_that_may(folder, read):
+    shutil.copy(get_testdata_file("JPGExtended.dcm", download=False), folder)  # of 12 bits
+    with pytest.raises(ValueError, match="JPEG Extended .*, needs another decoder.*: pip install "
+                                         "pylibjpeg pylibjpeg-libjpeg"):
+        read()
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
