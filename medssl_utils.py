@@ -1306,14 +1306,9 @@ class Split:
         shape = " x ".join(map(str, self.images.shape[1:]))
         return f"Split({len(self)} images, {shape} {self.images.dtype})"
 
-    @property
-    def columns(self) -> tuple[np.ndarray | None, ...]:
-        """What stands above, in that order."""
-        return self.images, self.labels, self.ids, self.groups, self.articles
-
     def take(self, index: np.ndarray) -> Split:
         """Return the images at `index` as a new Split."""
-        return Split(*(None if c is None else c[index] for c in self.columns))
+        return Split(*(None if c is None else c[index] for c in vars(self).values()))
 
     @property
     def ids_fingerprint(self) -> str:
@@ -1528,9 +1523,7 @@ def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
     notes += [f"{left} images are in no split list and were left out."] if left else []
     unknown = int((pool.groups == "").sum())
     notes += [f"The patient is not known for {unknown} of {len(table)} images."] if unknown else []
-    sizes = [int((table["part"] == part).sum()) for part in SPLITS]
-    parts = {part: pool.take(slice(end - size, end))
-             for part, size, end in zip(SPLITS, sizes, np.cumsum(sizes))}
+    parts = {part: pool.take((table["part"] == part).to_numpy()) for part in SPLITS}
     return DataSplits(
         name="covid_ct", **parts, class_names=COVID_CT_CLASSES,
         mean=COVID_CT_MEAN, std=COVID_CT_STD, notes=tuple(notes), published_split=True,
@@ -1563,8 +1556,7 @@ def _covid_ct_list(
     if not path.is_file():
         raise FileNotFoundError(f"The split list {path} is missing. Copy Data-split/ from "
                                 f"{COVID_CT_URL}.")
-    listed = path.read_text(encoding="utf-8").split("\n")            # some lines end in CRLF
-    listed = [line.strip() for line in listed if line.strip()]
+    listed = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     if missing := [name for name in listed if name not in files]:
         raise FileNotFoundError(f"{len(missing)} of {len(listed)} images named in {path} are "
                                 f"missing, among them {missing[:3]}.")
@@ -1730,14 +1722,13 @@ def read_folder(
     cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
     files = pd.concat([files, pd.DataFrame(known["facts"])], axis=1)
     broken = files.loc[files["reason"] != "", ["path", "reason"]].reset_index(drop=True)
-    asked, got = (set((part["split"] + "/" + part["label"]).str.strip("/"))
-                  for part in (files, files[files["reason"] == ""]))
-    if len(broken) and (options.on_error == "stop" or asked != got):
+    classes = (files["split"] + "/" + files["label"]).str.strip("/")
+    lost = sorted(set(classes) - set(classes[files["reason"] == ""]))
+    if len(broken) and (options.on_error == "stop" or lost):
         listed = "\n  ".join(f"{path}: {reason}" for path, reason in broken.itertuples(index=False))
-        skip = (", or set on_error='skip' to go on without them" if asked == got else
-                f": without them nothing is left of {_few(sorted(asked - got)).strip() or folder}")
-        raise ValueError(f"{len(broken)} of {len(files)} files can't be read:\n  {listed}\n"
-                         f"Mend or remove them{skip}.")
+        raise ValueError(f"{len(broken)} of {len(files)} files can't be read:\n  {listed}\n" + (
+            f"Mend them: without them nothing is left of {_few(lost) or folder}." if lost else
+            "Mend or remove them, or set on_error='skip' to go on without them."))
     if len(broken):
         notes.append(f"on_error='skip': {len(broken)} of {len(files)} files can't be read and "
                      f"were skipped: {_few(broken['path'], 5)}.")
@@ -2216,7 +2207,7 @@ def _regroup(data: DataSplits, seed: int) -> DataSplits:
         raise ValueError(f"{data.name} can't be split by group: "
                          f"{'multi-label' if data.train.groups is not None else 'no patient ids'}"
                          f". Use split='official'.")
-    columns = zip(*(part.columns for part in data.parts.values()))
+    columns = zip(*(vars(part).values() for part in data.parts.values()))
     pool = Split(*(None if c[0] is None else np.concatenate(c) for c in columns))
     parts = np.full(len(pool), "train")
     _draw_parts(data.name, pool, parts, ("test", "val"), data.class_names, seed)
@@ -4578,9 +4569,8 @@ def demo_data(
     Returns:
         DataSplits with demo=True, uint8 images (N, image_size, image_size), patients as groups.
     """
-    sizes = {"train": n_train, "val": n_val, "test": n_test}
-    parts = {name: _phantom_split(seed, number, n, image_size)
-             for number, (name, n) in enumerate(sizes.items())}
+    parts = {name: _phantom_split(seed, name, n, image_size)
+             for name, n in zip(SPLITS, (n_train, n_val, n_test))}
     pixels = parts["train"].images / 255
     return DataSplits(
         name="phantom", **parts, class_names=("clear lungs", "opacities"),
@@ -4589,17 +4579,17 @@ def demo_data(
     )
 
 
-def _phantom_split(seed: int, number: int, n: int, size: int) -> Split:
-    """Draw the `n` slices of split `number` (0 train, 1 val, 2 test)."""
+def _phantom_split(seed: int, name: str, n: int, size: int) -> Split:
+    """Draw `n` slices, two of each patient."""
     images, labels, ids, groups = np.zeros((n, size, size), np.uint8), [], [], []
     for i in range(n):
         patient, slice_ = divmod(i, 2)
         if slice_ == 0:
-            rng = np.random.default_rng([seed, number, patient])
+            rng = np.random.default_rng([seed, SPLITS.index(name), patient])
             body = _phantom_patient(rng)
         images[i] = _phantom_slice(body, slice_, patient % 2 == 1, rng, size)
         labels.append(patient % 2)
-        groups.append(f"{SPLITS[number]}-patient{patient:03d}")
+        groups.append(f"{name}-patient{patient:03d}")
         ids.append(f"{groups[-1]}-slice{slice_}")
     return Split(images, np.array(labels, np.int64), np.array(ids), np.array(groups))
 
