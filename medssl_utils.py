@@ -2507,12 +2507,19 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
 
 def _list_images(data: DataSplits) -> pd.DataFrame:
     """Return a row for each image of all parts: where it is, whose, a digest of its pixels."""
+    deepest = max(part.images.ndim for part in data.parts.values())
+
+    def digest(image: np.ndarray) -> str:
+        if image.ndim + 1 < deepest:                                 # grey beside a part in colour
+            image = image[..., None].repeat(3, axis=2)
+        return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+
     return pd.concat([pd.DataFrame({
         "split": name, "row": range(len(part)), "id": part.ids,
         "label": [" ".join(map(str, np.atleast_1d(label))) for label in part.labels],
         "patients": "" if part.groups is None else part.groups,
         "articles": "" if part.articles is None else part.articles,
-        "digest": [hashlib.sha256(np.ascontiguousarray(i)).hexdigest() for i in part.images],
+        "digest": list(map(digest, part.images)),
     }) for name, part in data.parts.items()])
 
 

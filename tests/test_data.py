@@ -497,6 +497,13 @@ def test_a_picture_in_train_and_test_is_an_error(phantoms):
         report.raise_for_errors()
 
 
+def test_a_grey_picture_is_known_again_among_pictures_in_colour(phantoms):
+    images = with_first_image(phantoms.test, phantoms.train.images[4])
+    planted = plant(phantoms, "test", images=np.stack([images] * 3, 3))
+    assert any("1 images of test are pixel for pixel in train" in error
+               for error in m.check_splits(planted).errors)
+
+
 def test_a_picture_in_two_classes_is_an_error(phantoms):
     i = int(np.flatnonzero(phantoms.train.labels == 1)[0])  # label 1; image 0 has label 0
     images = phantoms.train.images.copy()
