@@ -1732,12 +1732,12 @@ def read_folder(
     if len(broken):
         notes.append(f"on_error='skip': {len(broken)} of {len(files)} files can't be read and "
                      f"were skipped: {_few(broken['path'], 5)}.")
-    files, about_patients = _with_patients(files[files["reason"] == ""], options)
+    name = folder.resolve().stem if folder.is_file() else folder.resolve().name
+    name = re.sub(r"[^\w.-]+", "-", name)
+    files, about_patients = _with_patients(files[files["reason"] == ""], options, name)
     table = files.explode("numbers", ignore_index=True)
     page = "#" + table["numbers"].astype(str)
     table.insert(0, "id", table["path"] + page.where(table["count"] > 1, ""))
-    name = folder.resolve().stem if folder.is_file() else folder.resolve().name
-    name = re.sub(r"[^\w.-]+", "-", name)
     images = np.memmap(cache, dtype, "c", shape=tuple(known["shape"]))   # "r" would make torch warn
     return Folder(
         name if name not in DATASETS else f"{name}-folder", images,
@@ -1896,8 +1896,12 @@ def _list_csv(path: Path) -> pd.DataFrame:
     return table
 
 
-def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFrame, list[str]]:
-    """Fill in `patient`: by CSV, else the option's rule, else PatientID, else a file of several."""
+def _with_patients(files: pd.DataFrame, options: ReadOptions,
+                   name: str) -> tuple[pd.DataFrame, list[str]]:
+    """Fill in `patient`: by CSV, else the option's rule, else PatientID, else a file of several.
+
+    Such a file is named with its folder: 001.nii of another hospital is another patient.
+    """
     patient, tagged, notes = files["patient"], files["patient_id"], []
     if options.patient:
         found = files["path"].str.extract(options.patient)[0].fillna("")
@@ -1906,7 +1910,7 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFr
         notes.append("All DICOM files carry the same PatientID; it is taken for none.")
         tagged = ""
     patient = patient.where(patient != "", tagged)
-    patient = patient.where((patient != "") | (files["count"] < 2), files["path"])
+    patient = patient.where((patient != "") | (files["count"] < 2), f"{name}/" + files["path"])
     if unknown := int((patient == "").sum()):
         notes.append(f"The patient is not known for {unknown} of {len(files)} files.")
     return files.assign(patient=patient), notes

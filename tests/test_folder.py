@@ -911,7 +911,17 @@ def test_a_nifti_volume_is_its_own_patient(folder, read):
     for name in ("a", "b"):
         nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((4, 4, 4)), np.eye(4)),
                      folder / f"{name}.nii")
-    assert read(slices="2").table["patient"].tolist() == ["a.nii"] * 2 + ["b.nii"] * 2
+    assert read(slices="2").table["patient"].tolist() == ["in/a.nii"] * 2 + ["in/b.nii"] * 2
+
+
+def test_volumes_of_the_same_name_in_two_folders_are_two_patients(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        volume = nibabel.Nifti1Image(np.zeros((4, 4, 4)), np.eye(4))
+        nibabel.save(volume, tmp_path / place / "1.nii")
+    here, there = (m.read_folder(tmp_path / place, image_size=8, data_dir=tmp_path / "data",
+                                 labelled=False).table["patient"] for place in ("here", "there"))
+    assert not set(here) & set(there)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4, 2)])
