@@ -1708,8 +1708,10 @@ def read_folder(
 
     Raises:
         FileNotFoundError: no such folder, or a file listed in the CSV is missing.
-        ValueError: an unknown layout, no image, or files that can't be read, all of them named.
+        ValueError: an unknown layout or dtype, no image, or files that can't be read, all of them
+            named.
     """
+    check_choice(dtype, ("uint8", "float32"), "dtype")
     options, folder = options or ReadOptions(), Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}: looked for {folder.absolute()}.")
@@ -1760,6 +1762,9 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
         raise ValueError(f"{folder} has {' and '.join(sorted(set(parts)))} but no train part: "
                          f"nothing to learn from. To score a model on it, see read_folder.")
     pool, notes = found.split(names), list(found.notes)
+    if options and options.patient and pool.groups is None:
+        raise ValueError(f"{folder}: patient is {options.patient!r}, which no path matches: one of "
+                         f"them is {found.table['path'].iloc[0]!r}.")
     if missing := [part for part in ("test", "val") if part not in parts]:
         _draw_parts(found.name, pool, parts, missing, names, seed)
         path = found.cache.with_name(f"{found.name}_{found.cache.stem[:8]}_seed{seed}.csv")

@@ -220,6 +220,12 @@ def test_a_wrong_option_is_named(option, words):
         m.ReadOptions(**option)
 
 
+def test_pixels_of_a_type_that_is_not_offered_are_refused(folder):
+    write_image(folder / "a.png")
+    with pytest.raises(ValueError, match="dtype 'uint16' is not known"):
+        m.read_folder(folder, dtype="uint16", labelled=False)
+
+
 # Splits ----------------------------------------------------------------------
 
 
@@ -231,6 +237,13 @@ def test_a_drawn_split_is_stratified_and_keeps_patients_whole(folder, tmp_path):
     assert sum(map(len, groups)) == len(set.union(*groups)) == 24
     assert [np.bincount(getattr(data, p).labels).tolist() for p in m.SPLITS] == [
         [14, 14], [4, 4], [6, 6]]
+
+
+def test_a_patient_rule_that_matches_nothing_is_an_error(folder, tmp_path):
+    write_classes(folder)
+    with pytest.raises(ValueError, match=r"patient is '\(subject.*no path matches.*'ill/p0_0.png'"):
+        m.load_data(folder, image_size=8, data_dir=tmp_path / "data",
+                    options=m.ReadOptions(patient=r"(subject\d+)"))
 
 
 def test_the_same_seed_draws_the_same_split_another_seed_another(folder, tmp_path):
