@@ -1807,7 +1807,8 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
     tops = {step[0] for step in steps if len(step) > 1}
     divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
     empty = {_printable(p.name) for p in folder.iterdir() if p.is_dir() and not p.is_symlink()
-             and p.name[0] != "." and p.name != "__MACOSX"} - tops
+             and p.name[0] != "." and p.name != "__MACOSX"
+             and not (p / "decoded").is_dir()} - tops                # a data_dir of ours
     strange = [*sorted(tops - divided if divided else ()),
                *("/".join(step) for step in steps if len(step) < (3 if divided else 2)),
                *(f"{name} without an image" for name in sorted(empty))]
@@ -2083,7 +2084,7 @@ def _read_image(path: Path, options: ReadOptions) -> _Reading:
             image.seek(number)
             _check_size(*image.size)                                 # a page has its own
             deep, tags = image.mode[0] in "IF", image.tag_v2 if kind == "TIFF" else {}
-            bits = max(tags.get(258, (16 if ";16B" in str(image.tile) else 8,)))
+            bits = max(tags.get(258, [16 if ";16B" in str(image.tile) else 8]))
             if bits > 8 and not deep:                                # Pillow would keep eight
                 raise ValueError(f"colour, or grey with transparency, of {bits} bits a channel: "
                                  f"save it with 8 bits, or as grey alone")

@@ -185,6 +185,12 @@ def test_a_class_folder_without_an_image_is_named(folder, read):
         read(labelled=True)
 
 
+def test_decoded_pictures_within_the_folder_are_no_class(folder, tmp_path):
+    write_classes(folder)
+    first, second = (m.load_data(folder, image_size=8, data_dir=folder / "data") for _ in range(2))
+    assert first.class_names == second.class_names == ("ill", "well")
+
+
 def test_a_folder_without_a_train_part_is_an_error(folder, tmp_path):
     write_classes(folder / "test")
     with pytest.raises(ValueError, match="has test but no train part"):
