@@ -1308,8 +1308,7 @@ class Split:
 
     def take(self, index: np.ndarray) -> Split:
         """Return the images at `index` as a new Split."""
-        columns = (self.images, self.labels, self.ids, self.groups, self.articles)
-        return Split(*(None if c is None else c[index] for c in columns))
+        return Split(*(None if c is None else c[index] for c in vars(self).values()))
 
     @property
     def ids_fingerprint(self) -> str:
@@ -1480,7 +1479,7 @@ def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
                 labels = labels if task == "multi-label" else labels.reshape(-1)
                 ids = np.array([f"{part}/{i:06d}" for i in range(len(labels))])
                 parts[part] = Split(images, labels, ids)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not a MedMNIST file ({error}). It must hold train_images, "
                          f"train_labels and the same for val and test.") from error
     return parts
@@ -1490,6 +1489,7 @@ def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
 
 COVID_CT_CLASSES = ("COVID", "NonCOVID")      # the authors' order: COVID is label 0
 COVID_CT_URL = "https://github.com/UCSD-AI4H/COVID-CT"
+COVID_CT_ARTICLE = r"CT_COVID/(.+?)(?:-p\d+-|_\d|%\d|\.\w+$|$)"  # files bear its name first
 COVID_CT_MEAN, COVID_CT_STD = (0.5600, 0.5596, 0.5596), (0.2905, 0.2907, 0.2908)  # authors' code
 
 
@@ -1511,21 +1511,19 @@ def _load_covid_ct(folder: Path, image_size: int, dtype: str) -> DataSplits:
         broken += [f"{row.id}: {fact['reason']}"] if fact["reason"] else []
         jpegs += fact["kind"] == "JPEG" and row.id.endswith(".png")
         for picture in pictures:
-            images[row.Index] = _as_rgb(picture)
+            images[row.Index] = picture if picture.ndim == 3 else picture[..., None]
     if broken:
         raise ValueError(f"{len(broken)} of {len(table)} images can't be read:\n  "
                          + "\n  ".join(broken))
     pool = Split(images, table["label"].to_numpy(), table["id"].to_numpy(str),
                  np.array([patients.get(i.rpartition(".")[0], "") for i in table["id"]]),
-                 np.array([_covid_ct_article(i) for i in table["id"]]))
+                 table["id"].str.extract(COVID_CT_ARTICLE)[0].fillna("").to_numpy(str))
     notes += [f"{jpegs} JPEG files are named .png."] if jpegs else []
     left = sum(map(len, files.values())) - len(table)
     notes += [f"{left} images are in no split list and were left out."] if left else []
     unknown = int((pool.groups == "").sum())
     notes += [f"The patient is not known for {unknown} of {len(table)} images."] if unknown else []
-    sizes = [int((table["part"] == part).sum()) for part in SPLITS]
-    parts = {part: pool.take(slice(end - size, end))
-             for part, size, end in zip(SPLITS, sizes, np.cumsum(sizes))}
+    parts = {part: pool.take((table["part"] == part).to_numpy()) for part in SPLITS}
     return DataSplits(
         name="covid_ct", **parts, class_names=COVID_CT_CLASSES,
         mean=COVID_CT_MEAN, std=COVID_CT_STD, notes=tuple(notes), published_split=True,
@@ -1537,8 +1535,12 @@ def _covid_ct_images(folder: Path, kind: str) -> dict[str, Path | zipfile.Path]:
     """Map file name to path, if need be within a zip, of the images of `kind` (CT_COVID ...)."""
     for root in (folder, folder / "Images-processed"):
         place = root / kind
-        if not place.is_dir() and (root / f"{kind}.zip").is_file():
-            place = zipfile.Path(root / f"{kind}.zip", f"{kind}/")
+        if not place.is_dir() and (packed := root / f"{kind}.zip").is_file():
+            try:
+                place = zipfile.Path(packed, f"{kind}/")
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{packed} is no whole zip file ({error}). Copy it again from "
+                                 f"{COVID_CT_URL}.") from error
         if place.is_dir():
             return {p.name: p for p in place.iterdir() if p.is_file() and p.name[0] != "."}
     raise FileNotFoundError(f"{folder} has neither {kind}/ nor {kind}.zip, also not in "
@@ -1554,19 +1556,12 @@ def _covid_ct_list(
     if not path.is_file():
         raise FileNotFoundError(f"The split list {path} is missing. Copy Data-split/ from "
                                 f"{COVID_CT_URL}.")
-    listed = path.read_text(encoding="utf-8").split("\n")            # some lines end in CRLF
-    listed = [line.strip() for line in listed if line.strip()]
+    listed = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
     if missing := [name for name in listed if name not in files]:
         raise FileNotFoundError(f"{len(missing)} of {len(listed)} images named in {path} are "
                                 f"missing, among them {missing[:3]}.")
     return pd.DataFrame({"part": part, "label": label, "id": [f"CT_{kind}/{n}" for n in listed],
                          "file": [files[name] for name in listed]})
-
-
-def _covid_ct_article(image_id: str) -> str:
-    """Return the source article of a COVID image, "" for others: names are article-pPAGE-..."""
-    kind, name = image_id.split("/")
-    return re.split(r"-p\d+-|_\d|%\d", Path(name).stem)[0] if kind == "CT_COVID" else ""
 
 
 def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -1600,7 +1595,6 @@ SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")    # of Pillow: no format that runs a program
 FILE_KINDS = {**dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), "image"),
               ".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI"}
-GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 MAX_PIXELS, MAX_FILE_PIXELS, MAX_PICTURES = 50_000_000, 500_000_000, 10_000   # the last: a file
 DICOM_DEFERRED = 1 << 26      # bytes: larger elements are read after the header was checked
 DICOM_TAGS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel",
@@ -1611,9 +1605,10 @@ DICOM_TAGS = ("Rows", "Columns", "BitsAllocated", "BitsStored", "SamplesPerPixel
 class ReadOptions:
     """How the files of a folder become pictures.
 
-    Pictures of 8 bits a channel stay as they are. Deeper grey values (16-bit PNG and TIFF, DICOM
-    after its rescale slope and intercept, NIfTI) are scaled to 0..255 linearly: over `window`, or
-    by default over each picture's own range, as the checkpoints' pre-training slices were.
+    Pictures of 8 bits a channel stay as they are; deeper colour is refused. Deeper grey values
+    (16-bit PNG and TIFF, DICOM after its rescale slope and intercept, NIfTI) are scaled to 0..255
+    linearly: over `window`, or by default over each picture's own range, as the checkpoints'
+    pre-training slices were.
 
     Attributes:
         on_error: "stop" with a list of all files that can't be read, or "skip" them.
@@ -1713,8 +1708,10 @@ def read_folder(
 
     Raises:
         FileNotFoundError: no such folder, or a file listed in the CSV is missing.
-        ValueError: an unknown layout, no image, or files that can't be read, all of them named.
+        ValueError: an unknown layout or dtype, no image, or files that can't be read, all of them
+            named.
     """
+    check_choice(dtype, ("uint8", "float32"), "dtype")
     options, folder = options or ReadOptions(), Path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}: looked for {folder.absolute()}.")
@@ -1727,19 +1724,22 @@ def read_folder(
     cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
     files = pd.concat([files, pd.DataFrame(known["facts"])], axis=1)
     broken = files.loc[files["reason"] != "", ["path", "reason"]].reset_index(drop=True)
-    if len(broken) and (options.on_error == "stop" or len(broken) == len(files)):
+    classes = (files["split"] + "/" + files["label"]).str.strip("/")
+    lost = sorted(set(classes) - set(classes[files["reason"] == ""]))
+    if len(broken) and (options.on_error == "stop" or lost):
         listed = "\n  ".join(f"{path}: {reason}" for path, reason in broken.itertuples(index=False))
-        raise ValueError(f"{len(broken)} of {len(files)} files can't be read:\n  {listed}\n"
-                         f"Mend or remove them, or set on_error='skip' to go on without them.")
+        raise ValueError(f"{len(broken)} of {len(files)} files can't be read:\n  {listed}\n" + (
+            f"Mend them: without them nothing is left of {_few(lost) or folder}." if lost else
+            "Mend or remove them, or set on_error='skip' to go on without them."))
     if len(broken):
         notes.append(f"on_error='skip': {len(broken)} of {len(files)} files can't be read and "
                      f"were skipped: {_few(broken['path'], 5)}.")
-    files, about_patients = _with_patients(files[files["reason"] == ""], options)
+    name = folder.resolve().stem if folder.is_file() else folder.resolve().name
+    name = re.sub(r"[^\w.-]+", "-", name)
+    files, about_patients = _with_patients(files[files["reason"] == ""], options, name)
     table = files.explode("numbers", ignore_index=True)
     page = "#" + table["numbers"].astype(str)
     table.insert(0, "id", table["path"] + page.where(table["count"] > 1, ""))
-    name = folder.resolve().stem if folder.is_file() else folder.resolve().name
-    name = re.sub(r"[^\w.-]+", "-", name)
     images = np.memmap(cache, dtype, "c", shape=tuple(known["shape"]))   # "r" would make torch warn
     return Folder(
         name if name not in DATASETS else f"{name}-folder", images,
@@ -1762,6 +1762,9 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
         raise ValueError(f"{folder} has {' and '.join(sorted(set(parts)))} but no train part: "
                          f"nothing to learn from. To score a model on it, see read_folder.")
     pool, notes = found.split(names), list(found.notes)
+    if options and options.patient and pool.groups is None:
+        raise ValueError(f"{folder}: patient is {options.patient!r}, which no path matches: one of "
+                         f"them is {found.table['path'].iloc[0]!r}.")
     if missing := [part for part in ("test", "val") if part not in parts]:
         _draw_parts(found.name, pool, parts, missing, names, seed)
         path = found.cache.with_name(f"{found.name}_{found.cache.stem[:8]}_seed{seed}.csv")
@@ -1790,7 +1793,9 @@ def _intensity(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]
 
 def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[str]]:
     """List the image files: path (below the folder), file, label, split, patient; count others."""
-    tables = [folder] if folder.is_file() else sorted(folder.glob("*.csv")) if labelled else []
+    tables = [folder] if folder.is_file() else [
+        path for path in sorted(folder.iterdir())
+        if labelled and path.suffix.lower() == ".csv" and path.name[0] != "."]
     if len(tables) == 1:
         return _list_csv(tables[0]), Counter()
     if tables:
@@ -1802,7 +1807,8 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
     tops = {step[0] for step in steps if len(step) > 1}
     divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
     empty = {_printable(p.name) for p in folder.iterdir() if p.is_dir() and not p.is_symlink()
-             and p.name[0] != "." and p.name != "__MACOSX"} - tops
+             and p.name[0] != "." and p.name != "__MACOSX"
+             and not (p / "decoded").is_dir()} - tops                # a data_dir of ours
     strange = [*sorted(tops - divided if divided else ()),
                *("/".join(step) for step in steps if len(step) < (3 if divided else 2)),
                *(f"{name} without an image" for name in sorted(empty))]
@@ -1870,10 +1876,13 @@ def _list_csv(path: Path) -> pd.DataFrame:
         text = path.read_text("utf-8-sig")
         mark = next((s for s in (",", ";", "\t") if s in text.partition("\n")[0]), ",")
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=mark)
-    except ValueError as error:                                      # also: not UTF-8, no table
+        table = table.rename(columns=lambda name: name.strip().lower()).reindex(
+            columns=["path", "label", "split", "patient"], fill_value="")
+    except ValueError as error:                       # also: not UTF-8, no table, a column twice
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
-    table = table.rename(columns=lambda name: name.strip().lower()).reindex(
-        columns=["path", "label", "split", "patient"], fill_value="")
+    if not isinstance(table.index, pd.RangeIndex):                   # pandas shifts the columns
+        raise ValueError(f"{path} has rows that are longer than its first line. A {mark!r} within "
+                         f"a value needs the value in quotes.")
     table = table.apply(lambda column: column.str.strip())
     if table.empty or (table[["path", "label"]] == "").any(axis=None):
         raise ValueError(f"{path} must have the columns path and label, filled in every row. If "
@@ -1893,8 +1902,12 @@ def _list_csv(path: Path) -> pd.DataFrame:
     return table
 
 
-def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFrame, list[str]]:
-    """Fill in `patient`: by CSV, else the option's rule, else PatientID, else a file of several."""
+def _with_patients(files: pd.DataFrame, options: ReadOptions,
+                   name: str) -> tuple[pd.DataFrame, list[str]]:
+    """Fill in `patient`: by CSV, else the option's rule, else PatientID, else a file of several.
+
+    Such a file is named with its folder: 001.nii of another hospital is another patient.
+    """
     patient, tagged, notes = files["patient"], files["patient_id"], []
     if options.patient:
         found = files["path"].str.extract(options.patient)[0].fillna("")
@@ -1903,7 +1916,7 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions) -> tuple[pd.DataFr
         notes.append("All DICOM files carry the same PatientID; it is taken for none.")
         tagged = ""
     patient = patient.where(patient != "", tagged)
-    patient = patient.where((patient != "") | (files["count"] < 2), files["path"])
+    patient = patient.where((patient != "") | (files["count"] < 2), f"{name}/" + files["path"])
     if unknown := int((patient == "").sum()):
         notes.append(f"The patient is not known for {unknown} of {len(files)} files.")
     return files.assign(patient=patient), notes
@@ -1932,7 +1945,7 @@ def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
 def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
              data_dir: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds all pictures in order, their shape, and each file's facts."""
-    digest = hashlib.sha256(repr(("version 2", size, dtype, options.window, options.slices,
+    digest = hashlib.sha256(repr(("version 3", size, dtype, options.window, options.slices,
                                   options.plane)).encode())
     for path in paths:
         info = path.stat()
@@ -1973,13 +1986,10 @@ def _write_pictures(path: Path, found: Iterator[_Found], shape: tuple[int, ...])
                 return {}
             facts.append(fact)
             for picture in pictures:
-                file.write((_as_rgb(picture) if len(shape) == 3 else picture).tobytes())
+                if picture.ndim < len(shape):
+                    picture = picture[..., None].repeat(3, axis=2)
+                file.write(picture.tobytes())
     return {"shape": [sum(len(fact["numbers"]) for fact in facts), *shape], "facts": facts}
-
-
-def _as_rgb(picture: np.ndarray) -> np.ndarray:
-    """Return (S, S) or (S, S, 3) as (S, S, 3)."""
-    return picture if picture.ndim == 3 else picture[..., None].repeat(3, axis=2)
 
 
 def _read_files(paths: list[Any], read: Callable[[Any], _Found]) -> Iterator[_Found]:
@@ -2073,14 +2083,19 @@ def _read_image(path: Path, options: ReadOptions) -> _Reading:
         for number in _chosen(count, options.slices):
             image.seek(number)
             _check_size(*image.size)                                 # a page has its own
+            deep, tags = image.mode[0] in "IF", image.tag_v2 if kind == "TIFF" else {}
+            bits = max(tags.get(258, [16 if ";16B" in str(image.tile) else 8]))
+            if bits > 8 and not deep:                                # Pillow would keep eight
+                raise ValueError(f"colour, or grey with transparency, of {bits} bits a channel: "
+                                 f"save it with 8 bits, or as grey alone")
             seen = ImageOps.exif_transpose(image)
-            deep = seen.mode[0] in "IF"
-            yield number, _scaled(np.asarray(seen), options, False) if deep else _as_seen(seen)
+            values = _scaled(np.asarray(seen), options, False) if deep else _as_seen(seen)
+            yield number, 255 - values if deep and tags.get(262) == 0 else values    # 0 is white
 
 
 def _as_seen(image: Image.Image) -> np.ndarray:
-    """Return the pixels that a viewer shows on black, (H, W) or (H, W, 3) uint8."""
-    mode = "L" if image.mode in GREY_MODES else "RGB"
+    """Return 8 bits a channel as a viewer shows them on black, (H, W) or (H, W, 3)."""
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image.convert("RGBA"))
@@ -2107,6 +2122,7 @@ def _read_dicom(path: Path, options: ReadOptions) -> _Reading:
     from pydicom.errors import InvalidDicomError
     from pydicom.filereader import read_file_meta_info
     from pydicom.pixels import apply_color_lut, pixel_array
+    from pydicom.tag import Tag
 
     try:
         syntax = read_file_meta_info(path).get("TransferSyntaxUID")
@@ -2115,50 +2131,56 @@ def _read_dicom(path: Path, options: ReadOptions) -> _Reading:
     if syntax and syntax.is_deflated:                                # of unlimited size
         raise ValueError("a deflated DICOM file; convert it first, such as by dcmconv +te")
     header = dcmread(path, defer_size=DICOM_DEFERRED)
-    _check_dicom(header, syntax)
+    missing = [f"{name} {Tag(name)}" for name in DICOM_TAGS if header.get(name) is None]
+    missing += [] if syntax else ["TransferSyntaxUID (0002,0010)"]
+    if missing:
+        raise ValueError(f"no picture can be made: it lacks the tag {', '.join(missing)}")
     photometric, count = header.PhotometricInterpretation, int(header.get("NumberOfFrames") or 1)
     yield {"kind": "DICOM", "mode": _printable(f"{photometric} {header.BitsStored} bit"),
            "width": int(header.Columns), "height": int(header.Rows), "count": count,
            "deep": header.BitsStored > 8,
            "patient_id": _printable(str(header.get("PatientID") or ""))}
     for number in _chosen(count, options.slices):
-        raw = pixel_array(header, index=number)
+        try:
+            raw = pixel_array(header, index=number)
+        except RuntimeError as error:                                # no decoder, or none that can
+            raise ValueError(f"{_decoder_needed(syntax)}{error}") from error
         if photometric == "PALETTE COLOR":
             raw = apply_color_lut(raw, header)
             raw = raw if raw.dtype == np.uint8 else (raw // 257).astype(np.uint8)
         if raw.ndim == 3 and raw.dtype != np.uint8:
             raise ValueError(f"a colour picture of {header.BitsStored} bits a channel")
-        yield number, raw if raw.ndim == 3 else _dicom_grey(raw, header, options)
+        yield number, raw if raw.ndim == 3 else _dicom_grey(raw, header, number, options)
 
 
-def _dicom_grey(raw: np.ndarray, header: Any, options: ReadOptions) -> np.ndarray:
+def _dicom_grey(raw: np.ndarray, header: Any, number: int, options: ReadOptions) -> np.ndarray:
     """Return stored grey values (H, W) as 0..255, bright where the viewer shows it bright."""
     from pydicom.pixels import apply_modality_lut
 
-    values = apply_modality_lut(raw, header)
+    groups = [*header.get("SharedFunctionalGroupsSequence", ()),     # enhanced: of all frames,
+              *header.get("PerFrameFunctionalGroupsSequence", ())[number:number + 1]]    # of one
+    rescale = next((group.PixelValueTransformationSequence[0] for group in groups
+                    if "PixelValueTransformationSequence" in group), header)
+    values = apply_modality_lut(raw, rescale)
     if raw.dtype != np.uint8 or header.BitsStored != 8 or not np.array_equal(raw, values):
         outside = header.get("PixelPaddingValue")                    # no part of the picture
         if outside is not None and 0 < np.sum(raw == outside) < raw.size:
             values = np.where(raw == outside, values[raw != outside].min(), values)
         values = _scaled(values, options, header.get("Modality") == "CT"
-                         and "RescaleIntercept" in header)
+                         and "RescaleIntercept" in rescale)
     return 255 - values if header.PhotometricInterpretation == "MONOCHROME1" else values
 
 
-def _check_dicom(header: Any, syntax: Any) -> None:
-    """Name the tags that are missing, or the package that could decode the pixels."""
+def _decoder_needed(syntax: Any) -> str:
+    """Name the packages that may decode what is not decoded here, "" if all are there."""
     from pydicom.pixels import get_decoder
-    from pydicom.tag import Tag
 
-    missing = [f"{name} {Tag(name)}" for name in DICOM_TAGS if header.get(name) is None]
-    missing += [] if syntax else ["TransferSyntaxUID (0002,0010)"]
-    if missing:
-        raise ValueError(f"no picture can be made: it lacks the tag {', '.join(missing)}")
     decoder = get_decoder(syntax)
-    if not decoder.is_available:
-        needed = re.findall(r"pylibjpeg-\w+", " ".join(decoder.missing_dependencies)) or ["gdcm"]
-        raise ValueError(f"its transfer syntax, {syntax.name}, needs a decoder that is not "
-                         f"installed: pip install pylibjpeg {' '.join(needed)}")
+    needed = " ".join(re.findall(r"pylibjpeg-\w+", " ".join(decoder.missing_dependencies)))
+    which = ("another decoder, unless the file is damaged" if decoder.is_available
+             else "a decoder that is not installed")
+    return (f"its transfer syntax, {syntax.name}, needs {which}: pip install pylibjpeg {needed}. "
+            if needed else "")
 
 
 def _read_nifti(path: Path, options: ReadOptions) -> _Reading:
@@ -2173,18 +2195,14 @@ def _read_nifti(path: Path, options: ReadOptions) -> _Reading:
     if volume.get_data_dtype().kind not in "iuf":
         raise ValueError(f"its values are {volume.get_data_dtype()}, expected one number a voxel")
     plane = PLANES.index(options.plane)
-    place = [int(np.flatnonzero(turns[:, 0] == axis)[0]) for axis in range(3)]
-    across = place.pop(plane)
-    width, height = (volume.shape[axis] for axis in place)
-    count = volume.shape[across]
-    yield {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": width,
-           "height": height, "count": count, "deep": True}
-    whole = volume.dataobj.get_unscaled()
+    sides = [volume.shape[axis] for axis in turns[:, 0].argsort()]   # to the right, front, top
+    count = sides.pop(plane)
+    yield {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": sides[0],
+           "height": sides[1], "count": count, "deep": True}
+    whole = nibabel.apply_orientation(volume.dataobj.get_unscaled(), turns)          # a view
     for number in _chosen(count, options.slices):
-        level = count - 1 - number if turns[across, 1] < 0 else number
-        slab = whole.take([level], across) * volume.dataobj.slope + volume.dataobj.inter
-        slab = nibabel.apply_orientation(slab, turns).take(0, plane)
-        yield number, _scaled(slab[::-1, ::-1].T, options, True)     # right on the left, top up
+        values = whole.take(number, plane) * volume.dataobj.slope + volume.dataobj.inter
+        yield number, _scaled(values[::-1, ::-1].T, options, True)   # right on the left, top up
 
 
 # Splits and subsets ----------------------------------------------------------
@@ -2199,7 +2217,8 @@ def _regroup(data: DataSplits, seed: int) -> DataSplits:
         raise ValueError(f"{data.name} can't be split by group: "
                          f"{'multi-label' if data.train.groups is not None else 'no patient ids'}"
                          f". Use split='official'.")
-    pool = _join(list(data.parts.values()))
+    columns = zip(*(vars(part).values() for part in data.parts.values()))
+    pool = Split(*(None if c[0] is None else np.concatenate(c) for c in columns))
     parts = np.full(len(pool), "train")
     _draw_parts(data.name, pool, parts, ("test", "val"), data.class_names, seed)
     return dataclasses.replace(
@@ -2213,44 +2232,27 @@ def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str
                 class_names: Sequence[str], seed: int) -> None:
     """Draw the missing of `parts` (N,) from train: a quarter as test, a fifth of the rest as val.
 
-    Both only about so: stratified by class, and what belongs together stays in one part.
+    Both only about so: stratified by class, and what belongs together stays in one part. Of the
+    folds that scikit-learn makes, the first is taken where it and the rest have every class.
     """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
     units = _split_units(pool)
     for left, part in zip(range(len(missing), 0, -1), missing):
         index = np.flatnonzero(parts == "train")
-        counts = pd.Series(units[index]).groupby(pool.labels[index]).nunique()
+        labels, together = pool.labels[index], units[index]
+        counts = pd.Series(together).groupby(labels).nunique()
         if counts.min() <= left:
             raise ValueError(f"{name}: class {class_names[counts.idxmin()]} has {counts.min()} "
                              f"patients (or images without one), {left + 1} are needed to draw "
                              f"{part}. Add images, or name the parts yourself.")
-        folds = min({"test": 4, "val": 5}[part], counts.min())
-        parts[_hold_out(index, pool.labels, units, folds, seed)] = part
-
-
-def _hold_out(index: np.ndarray, labels: np.ndarray, units: np.ndarray, folds: int,
-              seed: int) -> np.ndarray:
-    """Return one of `folds` stratified parts of `index`, of whole units.
-
-    Of scikit-learn's parts the first where it and the rest have every class.
-    """
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    alone = len(np.unique(units[index])) == len(index)               # the quicker one will do
-    kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
-        folds, shuffle=True, random_state=seed)
-    found = kfold.split(index, labels[index], None if alone else units[index])
-    pairs = [(index[rest], index[part]) for rest, part in found]
-    return next((part for rest, part in pairs if set(labels[rest]) == set(labels[part])),
-                pairs[0][1])
-
-
-def _join(parts: Sequence[Split]) -> Split:
-    """Return several Splits as one."""
-    def column(name: str) -> np.ndarray | None:
-        arrays = [getattr(part, name) for part in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    return Split(*(column(f.name) for f in dataclasses.fields(Split)))
+        alone = len(np.unique(together)) == len(together)            # the quicker one will do
+        kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
+            min({"test": 4, "val": 5}[part], counts.min()), shuffle=True, random_state=seed)
+        folds = list(kfold.split(index, labels, None if alone else together))
+        fold = next((fold for rest, fold in folds if set(labels[rest]) == set(labels[fold])),
+                    folds[0][1])
+        parts[index[fold]] = part
 
 
 def _split_units(part: Split) -> np.ndarray:
@@ -2292,10 +2294,10 @@ def label_subset(
     if not 0 < fraction <= 1:
         raise ValueError(f"label_fraction is {fraction}; it must be above 0 and at most 1 "
                          f"(0.1 for a tenth of the labels).")
-    order = list(range(len(labels)))
     if rule == "stratified":
         chosen = _stratified_subset(np.asarray(labels), fraction, seed, groups, min_per_class)
     else:
+        order = list(range(len(labels)))
         if rule == "authors":
             random.Random(seed).shuffle(order)
         chosen = np.sort(np.array(order[:int(len(order) * fraction)], np.int64))
@@ -2315,7 +2317,8 @@ def _stratified_subset(labels: np.ndarray, fraction: float, seed: int,
     member = _class_members(labels)                                  # (N, C) bool
     names = np.array([f"image {i}" for i in range(len(labels))])
     if groups is not None:
-        names = np.where(groups == "", names, np.char.add("patient ", groups.astype(str)))
+        groups = np.asarray(groups, str)
+        names = np.where(groups == "", names, np.char.add("patient ", groups))
     _, unit = np.unique(names, return_inverse=True)                  # (N,) unit of each image
     sizes = np.bincount(unit)                                        # (U,)
     counts = np.stack([np.bincount(unit, column) for column in member.T], 1)     # (U, C)
@@ -2424,6 +2427,8 @@ def check_splits(
         method: the checkpoint whose pre-training intensities the images are held against.
         fractions, seed, min_per_class: label subsets to count, chosen as `label_subset` does.
     """
+    if method:
+        check_choice(method, (*METHODS, *CONTROLS), "method")
     report = SplitReport(data.name)
     leaks: list[str] = []
     images = _list_images(data)
@@ -2441,10 +2446,11 @@ def check_splits(
         shared = shared[(shared > 0).sum(axis=1) > 1]
         if len(shared):
             report.tables[kind] = shared
-            text = f"{len(shared)} {kind} in more than one split: {', '.join(shared.index[:5])}."
+            text = f"{len(shared)} {kind} in more than one split: {_few(shared.index, 5)}."
             (leaks if kind == "patients" else report.warnings).append(text)
-    if data.train.groups is None:
-        report.warnings.append("Patients are not known: one may be in several splits, unseen.")
+    if unknown := int((images["patients"] == "").sum()):
+        report.warnings.append(f"Patients are not known for {unknown} of {len(images)} images: one "
+                               f"may be in several splits, unseen.")
     if data.published_split:
         report.warnings += [f"{leak} The published split is kept as it is." for leak in leaks]
     else:
@@ -2477,6 +2483,8 @@ def _check_classes(
 def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) -> None:
     """Hold pixel values against 0..255 and against the checkpoint's pre-training input."""
     rows = {}
+    if not all(map(len, data.parts.values())):
+        return                                                       # _check_classes said so
     for name, part in data.parts.items():
         step = part.images.size // 4_000_000 | 1                     # 4 million pixels are enough
         sample = part.images.reshape(-1)[::step] / 255
@@ -2509,12 +2517,19 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
 
 def _list_images(data: DataSplits) -> pd.DataFrame:
     """Return a row for each image of all parts: where it is, whose, a digest of its pixels."""
+    deepest = max(part.images.ndim for part in data.parts.values())
+
+    def digest(image: np.ndarray) -> str:
+        if image.ndim + 1 < deepest:                                 # grey beside a part in colour
+            image = image[..., None].repeat(3, axis=2)
+        return hashlib.sha256(np.ascontiguousarray(image)).hexdigest()
+
     return pd.concat([pd.DataFrame({
         "split": name, "row": range(len(part)), "id": part.ids,
         "label": [" ".join(map(str, np.atleast_1d(label))) for label in part.labels],
         "patients": "" if part.groups is None else part.groups,
         "articles": "" if part.articles is None else part.articles,
-        "digest": [hashlib.sha256(np.ascontiguousarray(i)).hexdigest() for i in part.images],
+        "digest": list(map(digest, part.images)),
     }) for name, part in data.parts.items()])
 
 
@@ -4624,9 +4639,6 @@ def _demo_wrapper(method: str, state: dict[str, torch.Tensor]) -> dict[str, Any]
             "lr_schedulers": [], **mixed, "hparams_name": "kwargs", "hyper_parameters": {}}
 
 
-SLICES_PER_PATIENT = 2
-
-
 def demo_data(
     seed: int = 0, *, n_train: int = 240, n_val: int = 48, n_test: int = 120, image_size: int = 48,
 ) -> DataSplits:
@@ -4645,9 +4657,8 @@ def demo_data(
     Returns:
         DataSplits with demo=True, uint8 images (N, image_size, image_size), patients as groups.
     """
-    sizes = {"train": n_train, "val": n_val, "test": n_test}
-    parts = {name: _phantom_split(seed, number, n, image_size)
-             for number, (name, n) in enumerate(sizes.items())}
+    parts = {name: _phantom_split(seed, name, n, image_size)
+             for name, n in zip(SPLITS, (n_train, n_val, n_test))}
     pixels = parts["train"].images / 255
     return DataSplits(
         name="phantom", **parts, class_names=("clear lungs", "opacities"),
@@ -4656,17 +4667,17 @@ def demo_data(
     )
 
 
-def _phantom_split(seed: int, number: int, n: int, size: int) -> Split:
-    """Draw the `n` slices of split `number` (0 train, 1 val, 2 test)."""
+def _phantom_split(seed: int, name: str, n: int, size: int) -> Split:
+    """Draw `n` slices, two of each patient."""
     images, labels, ids, groups = np.zeros((n, size, size), np.uint8), [], [], []
     for i in range(n):
-        patient, slice_ = divmod(i, SLICES_PER_PATIENT)
+        patient, slice_ = divmod(i, 2)
         if slice_ == 0:
-            rng = np.random.default_rng([seed, number, patient])
+            rng = np.random.default_rng([seed, SPLITS.index(name), patient])
             body = _phantom_patient(rng)
         images[i] = _phantom_slice(body, slice_, patient % 2 == 1, rng, size)
         labels.append(patient % 2)
-        groups.append(f"{SPLITS[number]}-patient{patient:03d}")
+        groups.append(f"{name}-patient{patient:03d}")
         ids.append(f"{groups[-1]}-slice{slice_}")
     return Split(images, np.array(labels, np.int64), np.array(ids), np.array(groups))
 

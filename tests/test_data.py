@@ -150,6 +150,16 @@ def test_a_broken_file_is_an_error_even_if_allowed(tmp_path):
         m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
 
 
+def test_a_file_damaged_within_its_pixels_is_an_error_even_if_allowed(tmp_path):
+    with np.load(io.BytesIO(medmnist_bytes())) as file:
+        np.savez_compressed(tmp_path / "pneumoniamnist.npz", **file)
+    damaged = bytearray((tmp_path / "pneumoniamnist.npz").read_bytes())
+    damaged[150:200] = bytes(50)
+    (tmp_path / "pneumoniamnist.npz").write_bytes(damaged)
+    with pytest.raises(ValueError, match="not a MedMNIST file"):
+        m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
+
+
 @pytest.mark.parametrize("name, task, labels, channels, shape", [
     ("breastmnist", "binary", 1, 0, (20,)), ("bloodmnist", "multi-class", 1, 3, (20,)),
     ("retinamnist", "ordinal", 1, 3, (20,)), ("chestmnist", "multi-label", 14, 0, (20, 14))])
@@ -243,6 +253,13 @@ def test_an_unreadable_image_within_a_zip_file_is_named(covid_ct):
             file.writestr(f"CT_COVID/{path.name}", b"\x89PNG broken")
     shutil.rmtree(covid_ct / "CT_COVID")
     with pytest.raises(ValueError, match="8 of 16 images(.|\n)*p0-7%0.png: no PNG, JPEG, TIFF"):
+        m.load_data(covid_ct, image_size=16)
+
+
+def test_a_damaged_zip_file_is_named(covid_ct):
+    shutil.rmtree(covid_ct / "CT_COVID")
+    (covid_ct / "CT_COVID.zip").write_text("<html>not found</html>")
+    with pytest.raises(ValueError, match="CT_COVID.zip is no whole zip file.*Copy it again"):
         m.load_data(covid_ct, image_size=16)
 
 
@@ -401,6 +418,13 @@ def test_a_patient_is_in_or_out_as_a_whole():
     assert not set(groups[chosen]) & set(np.delete(groups, chosen))
 
 
+def test_patients_may_come_as_a_list_or_as_numbers():
+    groups = np.repeat(np.arange(100), 4)
+    chosen = m.label_subset(LABELS, 0.2, groups=groups.astype(str))
+    assert np.array_equal(chosen, m.label_subset(LABELS, 0.2, groups=groups))
+    assert np.array_equal(chosen, m.label_subset(LABELS, 0.2, groups=groups.tolist()))
+
+
 def test_images_of_unknown_patients_are_chosen_one_by_one():
     groups = np.where(np.arange(400) < 40, "one patient", "")
     assert np.bincount(LABELS[m.label_subset(LABELS, 0.5, groups=groups)]).tolist() in (
@@ -473,6 +497,13 @@ def test_a_picture_in_train_and_test_is_an_error(phantoms):
         report.raise_for_errors()
 
 
+def test_a_grey_picture_is_known_again_among_pictures_in_colour(phantoms):
+    images = with_first_image(phantoms.test, phantoms.train.images[4])
+    planted = plant(phantoms, "test", images=np.stack([images] * 3, 3))
+    assert any("1 images of test are pixel for pixel in train" in error
+               for error in m.check_splits(planted).errors)
+
+
 def test_a_picture_in_two_classes_is_an_error(phantoms):
     i = int(np.flatnonzero(phantoms.train.labels == 1)[0])  # label 1; image 0 has label 0
     images = phantoms.train.images.copy()
@@ -508,7 +539,15 @@ def test_a_leak_in_a_published_split_is_a_warning(phantoms):
 def test_unknown_patients_are_a_warning(phantoms):
     bare = dataclasses.replace(phantoms, **{
         name: dataclasses.replace(getattr(phantoms, name), groups=None) for name in m.SPLITS})
-    assert any("Patients are not known" in w for w in m.check_splits(bare).warnings)
+    assert any("Patients are not known for 80 of 80 images" in w
+               for w in m.check_splits(bare).warnings)
+
+
+def test_some_unknown_patients_are_a_warning(covid_ct):
+    (covid_ct / "NonCOVID-CT-MetaInfo.csv").write_text("image name,patient id\n9.jpg,medpix_3\n")
+    data = m.load_data(covid_ct, image_size=16)
+    assert any("Patients are not known for 15 of 16 images" in w
+               for w in m.check_splits(data).warnings)
 
 
 @pytest.mark.parametrize("part", ["train", "val", "test"])
@@ -544,6 +583,26 @@ def test_multi_label_counts_are_positives(phantoms):
     for part in m.SPLITS:
         data = plant(data, part, labels=labels[:len(getattr(data, part))])
     assert m.check_splits(data).tables["classes"]["train"].tolist() == [24, 48]
+
+
+@pytest.mark.parametrize("part", m.SPLITS)
+def test_a_part_without_images_is_an_error(phantoms, part):
+    bare = dataclasses.replace(phantoms, **{part: getattr(phantoms, part).take(slice(0))})
+    report = m.check_splits(bare)
+    assert f"{part} has no image of clear lungs, opacities: nothing to learn" in report.errors[0]
+
+
+def test_a_misspelt_method_is_named(phantoms):
+    with pytest.raises(ValueError, match="Did you mean 'BYOL'"):
+        m.check_splits(phantoms, method="byol")
+
+
+def test_patients_that_are_numbers_can_be_named(phantoms):
+    data = dataclasses.replace(phantoms, **{
+        name: dataclasses.replace(part, groups=np.arange(len(part)))
+        for name, part in phantoms.parts.items()})
+    assert any(error.startswith("16 patients in more than one split: 0, 1, 2, 3, 4 and 11 more")
+               for error in m.check_splits(data).errors)
 
 
 def test_ids_that_occur_twice_are_an_error(phantoms):

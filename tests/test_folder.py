@@ -4,7 +4,9 @@ import gzip
 import os
 import re
 import shutil
+import struct
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import faults_data
@@ -134,6 +136,8 @@ def test_a_csv_gives_label_split_and_patient(folder, tmp_path, mark, start):
     ("path,label,split\na.png,ill,dev", "split is 'dev' in some rows"),
     ("path,label\na.png,ill\n./a.png,ill", "lists files twice"),
     ("", "columns path and label|not a CSV"),
+    ("path,Path,label\na.png,a.png,ill", "not a CSV file.*duplicate"),
+    ("path,label\na.png,ill, left\nb.png,well,", "longer than its first line.*quotes"),
 ])
 def test_a_csv_with_a_fault_is_named(folder, read, text, words):
     for name in ("a.png", "b.png"):
@@ -147,6 +151,13 @@ def test_a_file_that_the_csv_lists_and_is_missing_is_named(folder, read):
     (folder / "list.csv").write_text("path,label\ngone.png,ill\n")
     with pytest.raises(FileNotFoundError, match="1 of 1 files .*list.csv lists.*gone.png"):
         read(labelled=True)
+
+
+def test_a_csv_is_found_under_a_name_in_capitals_and_hidden_ones_are_not_counted(folder, read):
+    write_image(folder / "all" / "a.png")
+    (folder / "LIST.CSV").write_text("path,label\nall/a.png,ill\n")
+    (folder / "._list.csv").write_bytes(b"\0\5\x16\7 as a Mac leaves it")
+    assert read(labelled=True).table["label"].tolist() == ["ill"]
 
 
 def test_two_csv_files_are_one_too_many(folder, read):
@@ -172,6 +183,12 @@ def test_a_class_folder_without_an_image_is_named(folder, read):
     (folder / "lost" / "picture.webp").write_bytes(b"RIFF")
     with pytest.raises(ValueError, match="found lost without an image"):
         read(labelled=True)
+
+
+def test_decoded_pictures_within_the_folder_are_no_class(folder, tmp_path):
+    write_classes(folder)
+    first, second = (m.load_data(folder, image_size=8, data_dir=folder / "data") for _ in range(2))
+    assert first.class_names == second.class_names == ("ill", "well")
 
 
 def test_a_folder_without_a_train_part_is_an_error(folder, tmp_path):
@@ -209,6 +226,12 @@ def test_a_wrong_option_is_named(option, words):
         m.ReadOptions(**option)
 
 
+def test_pixels_of_a_type_that_is_not_offered_are_refused(folder):
+    write_image(folder / "a.png")
+    with pytest.raises(ValueError, match="dtype 'uint16' is not known"):
+        m.read_folder(folder, dtype="uint16", labelled=False)
+
+
 # Splits ----------------------------------------------------------------------
 
 
@@ -220,6 +243,13 @@ def test_a_drawn_split_is_stratified_and_keeps_patients_whole(folder, tmp_path):
     assert sum(map(len, groups)) == len(set.union(*groups)) == 24
     assert [np.bincount(getattr(data, p).labels).tolist() for p in m.SPLITS] == [
         [14, 14], [4, 4], [6, 6]]
+
+
+def test_a_patient_rule_that_matches_nothing_is_an_error(folder, tmp_path):
+    write_classes(folder)
+    with pytest.raises(ValueError, match=r"patient is '\(subject.*no path matches.*'ill/p0_0.png'"):
+        m.load_data(folder, image_size=8, data_dir=tmp_path / "data",
+                    options=m.ReadOptions(patient=r"(subject\d+)"))
 
 
 def test_the_same_seed_draws_the_same_split_another_seed_another(folder, tmp_path):
@@ -399,6 +429,23 @@ def test_x1_dicom_is_rescaled_before_the_window(folder, read, slope, intercept):
     assert np.abs(read(window="lung").images[0] - expected).max() <= 0.51
 
 
+@pytest.mark.parametrize("sequence", ["SharedFunctionalGroupsSequence",
+                                      "PerFrameFunctionalGroupsSequence"])
+def test_x1_an_enhanced_dicom_is_rescaled_as_each_frame_says(folder, read, sequence):
+    groups = []
+    for slope in (1, 2):
+        rescale, group = pydicom.Dataset(), pydicom.Dataset()
+        rescale.RescaleSlope, rescale.RescaleIntercept = slope, -1000
+        group.PixelValueTransformationSequence = [rescale]
+        groups.append(group)
+    shared = sequence.startswith("Shared")
+    write_dicom(folder / "a.dcm", np.stack([DEEP, DEEP]), NumberOfFrames=2,
+                **{sequence: groups[:1] if shared else groups})
+    for image, slope in zip(read(window="lung", slices="all").images, (1, 1 if shared else 2)):
+        expected = np.clip((DEEP.astype(float) * slope - 1000 + 1350) / 1500, 0, 1) * 255
+        assert np.abs(image - expected).max() <= 0.51
+
+
 def test_x1_dicom_without_rescale_has_no_hounsfield_units(folder, read):
     write_dicom(folder / "a.dcm", DEEP)
     with pytest.raises(ValueError, match="not known to be Hounsfield"):
@@ -440,6 +487,49 @@ def test_x1_floats_that_are_not_finite_are_refused(folder, read):
         read()
 
 
+def png(width: int, height: int, bits: int, kind: int, rows: bytes) -> bytes:
+    """A PNG of any header: Pillow writes no 16 bits in colour, and no size that lies."""
+    header = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        data += struct.pack(">I4s", len(body), name) + body
+        data += struct.pack(">I", zlib.crc32(name + body))
+    return data
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_x1_a_png_of_16_bits_in_colour_is_refused_not_cut_to_8(folder, read, channels):
+    pixels = np.stack([DEEP] * channels, 2).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    (folder / "a.png").write_bytes(png(8, 8, 16, {2: 4, 3: 2, 4: 6}[channels], rows))
+    with pytest.raises(ValueError, match="a.png: colour, or grey with transparency, of 16 bits"):
+        read()
+
+
+@pytest.mark.parametrize("planes", [1, 2])  # channels together, or one after the other
+def test_x1_a_tiff_of_16_bits_in_colour_is_refused_not_cut_to_8(folder, read, planes):
+    pixels = np.stack([DEEP] * 3, 2)
+    pixels = pixels if planes == 1 else pixels.transpose(2, 0, 1)
+    size, strips = pixels.nbytes, 1 if planes == 1 else 3
+    starts, lengths = [8 + i * size // strips for i in range(strips)], [size // strips] * strips
+    lists = [np.array([16] * 3, "<u2"), np.array(starts, "<u4"), np.array(lengths, "<u4")]
+    at = 8 + size + np.cumsum([0, *(values.nbytes for values in lists)])
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, at[0]), (259, 3, 1, 1), (262, 3, 1, 2),
+            (273, 4, strips, at[1] if strips > 1 else 8), (277, 3, 1, 3), (278, 3, 1, 8),
+            (279, 4, strips, at[2] if strips > 1 else size), (284, 3, 1, planes)]
+    (folder / "a.tif").write_bytes(b"".join([
+        b"II*\0", int(at[3]).to_bytes(4, "little"), pixels.astype("<u2").tobytes(),
+        *(values.tobytes() for values in lists), len(tags).to_bytes(2, "little"),
+        *(struct.pack("<HHII", *map(int, tag)) for tag in tags), bytes(4)]))
+    with pytest.raises(ValueError, match="a.tif: colour, or grey with transparency, of 16 bits"):
+        read()
+
+
+def test_x1_a_tiff_of_16_bits_whose_0_is_white_is_inverted_as_viewers_do(folder, read):
+    Image.fromarray(DEEP).save(folder / "a.tif", tiffinfo={262: 0})  # Pillow does it for 8 bits
+    assert np.abs(read().images[0] - (255.0 - stretched(DEEP))).max() <= 1
+
+
 # X2, X3, X4: broken, junk, links ---------------------------------------------
 
 
@@ -479,6 +569,16 @@ def test_x2_nothing_but_broken_files_is_an_error_even_if_skipped(folder, read):
     (folder / "a.png").write_text("no image")
     with pytest.raises(ValueError, match="1 of 1 files can't be read"):
         read(on_error="skip")
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "test")])
+def test_x2_a_class_or_part_that_skipping_would_lose_is_an_error(folder, read, parts):
+    for part in parts:
+        write_classes(folder / part, 3, ("a", "b", "c"))
+    for path in (folder / parts[-1] / "c").iterdir():
+        path.write_text("no image")
+    with pytest.raises(ValueError, match=f"nothing is left of {Path(parts[-1], 'c').as_posix()}."):
+        read(labelled=True, on_error="skip")
 
 
 def test_x2_a_flipped_bit_in_a_png_is_noticed(folder, read):
@@ -612,20 +712,9 @@ def test_x5_odd_names_and_modes_are_reported(folder, read):
 # X6: bombs -------------------------------------------------------------------
 
 
-def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG with a right header for that size and next to no pixels."""
-    def chunk(name: bytes, body: bytes) -> bytes:
-        crc = zlib.crc32(name + body).to_bytes(4, "big")
-        return len(body).to_bytes(4, "big") + name + body + crc
-
-    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size + b"\x08\x00\x00\x00\x00")
-            + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
-
-
 @pytest.mark.parametrize("side", [7_072, 12_000, 60_000])
 def test_x6_a_png_above_the_limit_is_refused_before_it_is_decoded(folder, read, side):
-    (folder / "bomb.png").write_bytes(png_that_claims(side, side))
+    (folder / "bomb.png").write_bytes(png(side, side, 8, 0, b"\0" * 1000))  # next to no pixels
     with pytest.raises(ValueError, match="bomb.png: .*(limit is 50,000,000 pixels|bomb)"):
         read()
 
@@ -749,6 +838,14 @@ def test_x7_a_missing_decoder_names_syntax_and_package_and_heals(folder, read):
     assert read().images.max() > 0  # the decoder is there now
 
 
+@pytest.mark.skipif(find_spec("libjpeg") is not None, reason="the decoder is installed")
+def test_x7_a_decoder_that_cannot_names_one_that_may(folder, read):
+    shutil.copy(get_testdata_file("JPGExtended.dcm", download=False), folder)  # of 12 bits
+    with pytest.raises(ValueError, match="JPEG Extended .*, needs another decoder.*: pip install "
+                                         "pylibjpeg pylibjpeg-libjpeg"):
+        read()
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
 def test_x2_a_file_that_may_be_read_now_is_read(folder, read):
     write_image(folder / "a.png")
@@ -833,7 +930,17 @@ def test_a_nifti_volume_is_its_own_patient(folder, read):
     for name in ("a", "b"):
         nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((4, 4, 4)), np.eye(4)),
                      folder / f"{name}.nii")
-    assert read(slices="2").table["patient"].tolist() == ["a.nii"] * 2 + ["b.nii"] * 2
+    assert read(slices="2").table["patient"].tolist() == ["in/a.nii"] * 2 + ["in/b.nii"] * 2
+
+
+def test_volumes_of_the_same_name_in_two_folders_are_two_patients(tmp_path):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        volume = nibabel.Nifti1Image(np.zeros((4, 4, 4)), np.eye(4))
+        nibabel.save(volume, tmp_path / place / "1.nii")
+    here, there = (m.read_folder(tmp_path / place, image_size=8, data_dir=tmp_path / "data",
+                                 labelled=False).table["patient"] for place in ("here", "there"))
+    assert not set(here) & set(there)
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4, 2)])
