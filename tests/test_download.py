@@ -106,6 +106,13 @@ def test_D1_a_page_that_gdown_cannot_read_is_still_a_web_page(tmp_path, monkeypa
         fetch(tmp_path)
 
 
+@pytest.mark.parametrize("fault", ["cut_page", "partial_page"])
+def test_D1_drives_page_about_large_files_may_be_cut_or_called_a_part(tmp_path, fault):
+    with drive(fault) as server:
+        assert fetch(tmp_path, retries=1) == BODY
+    assert server.bodies_sent == 1
+
+
 def test_D1_a_web_page_does_not_cost_the_partial_file(tmp_path):
     put_partial(tmp_path)
     with drive("quota_as_file"), pytest.raises(CheckpointError, match="a web page"):
@@ -302,6 +309,15 @@ def test_D10_a_remote_file_that_changed_is_never_joined_but_fetched_anew(tmp_pat
             fetch(tmp_path, retries=1)
         assert NAME not in names(tmp_path)
         assert fetch(tmp_path) == OTHER
+
+
+def test_D10_a_change_since_the_first_load_is_named_with_the_way_to_accept_it(tmp_path):
+    (tmp_path / NAME).write_bytes(BODY)
+    medssl._record_checksum(tmp_path / NAME, SHA)
+    (tmp_path / NAME).unlink()
+    with drive(body=OTHER), pytest.raises(CheckpointError, match="delete its entry in checksums"):
+        fetch(tmp_path)
+    assert NAME not in names(tmp_path)
 
 
 def test_D10_a_change_of_the_same_size_is_noticed(tmp_path):
@@ -525,7 +541,8 @@ def test_a_checksum_is_recorded_once(tmp_path):
     assert medssl._checksums(tmp_path) == {}
     medssl._record_checksum(tmp_path / NAME, SHA)
     medssl._record_checksum(tmp_path / NAME, "0" * 64)
-    assert medssl._checksums(tmp_path) == {NAME: {"sha256": SHA, "size": len(BODY)}}
+    assert medssl._checksums(tmp_path) == {
+        NAME: {"sha256": SHA, "size": len(BODY), "allow_extra": ()}}
 
 
 def test_recording_keeps_the_other_entries(tmp_path):

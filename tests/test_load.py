@@ -115,6 +115,35 @@ def test_the_error_names_the_extra_that_accepts_a_pickled_name(tmp_path, monkeyp
     assert found["a"].tolist() == [1, 1]
 
 
+def test_the_error_keeps_the_extras_that_were_given(tmp_path, monkeypatch):
+    kinds = [type(name, (), {"__module__": "lab"}) for name in ("First", "Second")]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lab", SimpleNamespace(First=kinds[0], Second=kinds[1]))
+        torch.save({"state_dict": {"a": torch.ones(2)}, "more": [kind() for kind in kinds]},
+                   tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=re.escape("extra=('lab.First', 'lab.Second')")):
+        medssl.load_state_dict(tmp_path / "x.ckpt", allow_extra="lab.First")
+
+
+def test_a_list_of_records_that_no_weight_file_has_is_refused_unread(tmp_path, monkeypatch):
+    path = saved(tmp_path / "x.ckpt", {"a": torch.ones(2)})
+    monkeypatch.setattr(medssl, "MAX_PICKLE_BYTES", path.stat().st_size)
+    assert list(medssl.load_state_dict(path)) == ["a"]
+    monkeypatch.setattr(medssl, "MAX_PICKLE_BYTES", 300)
+    with (monkeypatch.context() as patch,
+          pytest.raises(CheckpointError, match=r"it lists records in \d\d\d bytes, more than")):
+        patch.setattr("zipfile.ZipFile", None)
+        medssl.load_state_dict(path)
+
+
+def test_a_file_that_goes_on_behind_its_directory_is_refused(tmp_path):
+    path = saved(tmp_path / "x.ckpt", {"a": torch.ones(2)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + b"\x0c\0" + b"\xff" * 12)  # as a comment to it
+    with pytest.raises(CheckpointError, match="the file doesn't end where it does"):
+        medssl.load_state_dict(path)
+
+
 def test_two_files_joined_to_one_are_refused(tmp_path):
     for value in (1, 2):
         torch.save({"state_dict": {"a": torch.full((9,), value)}}, tmp_path / f"{value}.ckpt")
@@ -228,6 +257,49 @@ def test_a_single_extra_may_be_a_plain_text(tmp_path):
     path = saved(tmp_path / "x.pth", state, "module")
     report = medssl.load_backbone("SparK", path, allow_extra="teacher.", cache=False)[1]
     assert report.allow_extra == ("teacher.",)
+
+
+def test_an_unknown_head_of_the_backbone_is_named_apart_from_it(tmp_path):
+    prefix = medssl.CHECKPOINTS["BYOL"].prefix
+    state = {**files.prefixed(prefix, files.weights()), f"{prefix}fc.weight": torch.ones(2)}
+    path = saved(tmp_path / "x.ckpt", state)
+    with pytest.raises(CheckpointError, match=re.escape(f"allow_extra=('{prefix}fc.',)")):
+        medssl.load_backbone("BYOL", path)
+
+
+def test_an_extra_that_a_file_does_not_need_is_not_reported(tmp_path):
+    path = saved(tmp_path / "x.pth", files.weights(), "module")
+    report = medssl.load_backbone("SparK", path, allow_extra=("teacher.", "lab.Settings"))[1]
+    assert report == medssl.load_backbone("SparK", path)[1]
+    assert report.allow_extra == ()
+    assert "that the authors' README names" in report.verdict
+
+
+def test_what_was_accepted_in_a_published_file_is_recorded_and_holds_from_then_on(tmp_path):
+    state = {**files.weights(), "teacher.weight": torch.ones(2)}
+    path = saved(tmp_path / "spark_resnet50.pth", state, "module")
+    arguments = {"weights": "published", "folder": tmp_path}
+    with pytest.raises(CheckpointError, match="kept in checksums.json"):
+        medssl.load_backbone("SparK", **arguments)
+    medssl.load_backbone("SparK", allow_extra=["teacher.", "never."], **arguments)
+    assert medssl._checksums(tmp_path)[path.name]["allow_extra"] == ("teacher.",)
+    for cache in (False, True):
+        report = medssl.load_backbone("SparK", cache=cache, **arguments)[1]
+        assert report.allow_extra == ("teacher.",)
+        assert "accepted by you beyond what is known: teacher." in str(report)
+
+
+def test_what_was_accepted_in_one_file_is_not_accepted_in_another(tmp_path):
+    state = {**files.weights(), "teacher.weight": torch.ones(2)}
+    path = saved(tmp_path / "spark_resnet50.pth", state, "module")
+    arguments = {"weights": "published", "folder": tmp_path}
+    medssl.load_backbone("SparK", allow_extra=["teacher."], **arguments)
+    saved(path, {**state, **files.weights(1)}, "module")
+    with pytest.raises(CheckpointError, match="at its first load it was"):
+        medssl.load_backbone("SparK", **arguments)
+    saved(path, {**state, "student.weight": torch.ones(2)}, "module")
+    with pytest.raises(CheckpointError, match=re.escape("allow_extra=('teacher.', 'student.')")):
+        medssl.load_backbone("SparK", **arguments)
 
 
 def test_an_extra_does_not_excuse_a_foreign_backbone(tmp_path):
