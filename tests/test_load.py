@@ -18,6 +18,7 @@ import fuzz_load
 import pytest
 import torch
 import torchvision
+from notebook_cells import run_cells
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -300,6 +301,15 @@ def test_what_was_accepted_in_one_file_is_not_accepted_in_another(tmp_path):
     saved(path, {**state, "student.weight": torch.ones(2)}, "module")
     with pytest.raises(CheckpointError, match=re.escape("allow_extra=('teacher.', 'student.')")):
         medssl.load_backbone("SparK", **arguments)
+
+
+def test_notebook_02_takes_what_the_user_accepts_and_later_runs_need_not_name_it(tmp_path):
+    state = {**files.weights(), "teacher.weight": torch.ones(2)}
+    saved(tmp_path / "spark_resnet50.pth", state, "module")
+    names = {"weights": "published", "methods": ["SparK"], "checkpoints_dir": str(tmp_path)}
+    run_cells("02_load_and_check_keys", **names, allow_extra=["teacher."])
+    shown = run_cells("02_load_and_check_keys", **names)["displayed"]
+    assert [report.allow_extra for report in shown] == [("teacher.",)] * 2
 
 
 def test_an_extra_does_not_excuse_a_foreign_backbone(tmp_path):
