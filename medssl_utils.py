@@ -319,7 +319,9 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
                     f"{replaced * ('size' in expected)}")
     elif kind == "zip":
         try:
-            _read_records(path, _zip_records(path), keep={})
+            records = _zip_records(path)
+            _zip_root(records)
+            _read_records(path, records, keep={})
         except CheckpointError as error:
             return str(error)
     return None
@@ -550,8 +552,8 @@ class _PickleReader(pickle._Unpickler):
         if refused := tuple(str(name) for name, accepted in self.names.items() if not accepted):
             problem = (f"it asks for {_few(refused)}, which has no place in a weight file: opened "
                        "the usual way, it could run code. Nothing was run. If you trust its "
-                       f"origin, {_accepting((*self.allow_extra, *refused))}: it is replaced by "
-                       "an empty placeholder")
+                       f"origin, {_accepting((*self.allow_extra, *refused))}: empty placeholders "
+                       "are then taken instead")
         if problem:
             raise CheckpointError(problem)
         return result
@@ -614,8 +616,8 @@ def _few(names: Iterable[str], most: int = 8) -> str:
 
 def _accepting(extras: tuple[str, ...]) -> str:
     """Say how a user accepts what is refused."""
-    return (f"pass allow_extra={extras!r} (a parameter of notebook 02, too: for a published file "
-            "it is kept in checksums.json, and holds wherever that file is loaded)")
+    return (f"pass allow_extra={extras!r} (notebook 02 has that parameter; what is accepted in a "
+            "published file is kept in checksums.json and holds for every later load)")
 
 
 @contextlib.contextmanager
@@ -703,11 +705,7 @@ def _what(start: bytes) -> str:
 def _open_zip(path: Path, allow_extra: Sequence[str]) -> _Opened:
     """Open what torch.save writes since PyTorch 1.6: a pickle and uncompressed records."""
     records = _zip_records(path)
-    pickles = [record for record in records if record.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
-                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
-    root = pickles[0].removesuffix("data.pkl")
+    root = _zip_root(records)
     places = {name: records.get(root + name, (0, 0, 0)) for name in ("data.pkl", "byteorder")}
     if (largest := max(size for _, size, _ in places.values())) > MAX_PICKLE_BYTES:
         raise CheckpointError(f"its pickle has {largest:,} bytes, more than any weight file's")
@@ -723,6 +721,15 @@ def _open_zip(path: Path, allow_extra: Sequence[str]) -> _Opened:
             raise CheckpointError("its records aren't those that its pickle declares: bytes of "
                                   f"{name}: {found.get(name)}, declared {reader.sizes.get(name)}")
     return top, records, reader.names
+
+
+def _zip_root(records: Iterable[str]) -> str:
+    """Return what a checkpoint's records begin with; raise if it is another kind of archive."""
+    pickles = [record for record in records if record.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
+                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
+    return pickles[0].removesuffix("data.pkl")
 
 
 def _zip_records(path: Path) -> dict[str, _Place]:
@@ -871,22 +878,22 @@ class KeyReport:
         if known := CHECKPOINTS.get(self.method):
             as_told = (self.missing_keys == README_MISSING and not self.allow_extra
                        and len(self.unexpected_keys) in known.unexpected)
-            text += ("; the keys left out are those that the authors' README names" if as_told
-                     else "; the keys left out are not quite the README's, see the table")
+            text += f"; the keys left out are {'' if as_told else 'not quite '}those known of a "
+            text += f"{self.method} file" + ": see the table" * (not as_told)
         stand_in = self.weights == "stand-in"
         return text + ("; STAND-IN: random numbers, no pre-training." if stand_in else ".")
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the report as a table: keys, found, what the README expects, meaning."""
+        """Return the report as a table: keys, found, expected, meaning."""
         rows = [("backbone", f"{self.loaded} of {self.expected}", "", "ResNet50 without fc")]
         if known := CHECKPOINTS.get(self.method):
             counts = " or ".join(map(str, known.unexpected))
             rows += [("missing_keys", ", ".join(self.missing_keys) or "none",
                       ", ".join(README_MISSING), "classifier, not pre-trained"),
                      ("unexpected_keys", str(len(self.unexpected_keys)),
-                      f"{counts}: {known.readme_unexpected}", "left out, by group:")]
+                      f"{counts}; README: {known.readme_unexpected}", "left out, by group:")]
         rows += [(group, str(count), "", words) for group, (count, words) in self.groups.items()]
-        return pd.DataFrame(rows, columns=["keys", "found", "README expects", "what it is"])
+        return pd.DataFrame(rows, columns=["keys", "found", "expected", "what it is"])
 
     def _lines(self) -> list[str]:
         """The title, then the lines that stand below the table."""
@@ -1101,8 +1108,9 @@ def _recognise(entries: _Entries) -> tuple[str, str]:
     best = max(counts, key=counts.get)
     if not counts[best]:
         raise CheckpointError(
-            f"0 of 318 backbone tensors: none of its {len(entries)} keys has a known prefix; they "
-            f"begin with {_few(dict.fromkeys(key.split('.')[0] for key in entries))}")
+            f"0 of 318 backbone tensors: none of its {len(entries)} keys is a known prefix and a "
+            f"ResNet50's name; they begin with "
+            f"{_few(dict.fromkeys(key.split('.')[0] for key in entries))}")
     return best
 
 
@@ -4515,24 +4523,21 @@ def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> 
         The path.
     """
     check_choice(method, METHODS, "method")
-    backbone = _demo_backbone(torch.Generator().manual_seed(len(METHODS) * seed
-                                                            + METHODS.index(method)))
+    number = len(METHODS) * seed + METHODS.index(method)
+    backbone = _demo_backbone(torch.Generator().manual_seed(number))
     second = {name: torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype)
               for name, tensor in backbone.items()}
+    with torch.random.fork_rng(devices=[]):  # layers of the heads draw; the caller's state stays
+        torch.default_generator.manual_seed(number)
+        parts = _demo_parts(method, backbone, second)
     state = OrderedDict((prefix + name, tensor)
-                        for prefix, part in _demo_parts(method, backbone, second)
-                        for name, tensor in part.items())
+                        for prefix, part in parts for name, tensor in part.items())
     wrapper = _demo_wrapper(method, state)
     wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
     path = Path(folder) / CHECKPOINTS[method].filename
     with _atomic(path) as temporary, open(temporary, "wb") as file:
         torch.save(wrapper, file)  # not to a path, whose name would go into the file
     return path
-
-
-def _fresh_std(weight: torch.Tensor) -> float:
-    """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
-    return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
 
 
 def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -4542,7 +4547,8 @@ def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
         if name.endswith("num_batches_tracked"):
             state[name] = torch.tensor(1)
         elif blank.dim() == 4:
-            state[name] = torch.randn(blank.shape, generator=generator) * _fresh_std(blank)
+            fan_out = blank[:, 0].numel()
+            state[name] = torch.randn(blank.shape, generator=generator) * math.sqrt(2 / fan_out)
         else:
             centre = float(name.endswith(("weight", "running_var")))
             state[name] = centre + 0.05 * torch.rand(blank.shape, generator=generator)

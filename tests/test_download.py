@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -491,6 +492,14 @@ def test_a_users_file_that_is_a_web_page_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="mine.ckpt: it is a web page"):
         fetch(tmp_path, from_file=tmp_path / "mine.ckpt")
     assert NAME not in names(tmp_path)
+
+
+def test_an_archive_that_holds_the_file_is_not_taken_for_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:  # stored, as Drive packs a folder
+        archive.writestr("folder/mine.ckpt", BODY)
+    with pytest.raises(CheckpointError, match=r"a zip archive .* holds folder/mine\.ckpt"):
+        fetch(tmp_path / "new", from_file=tmp_path / "mine.zip")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_copy_that_is_not_whole_gets_no_name(tmp_path, monkeypatch):

@@ -250,7 +250,7 @@ def test_an_unknown_group_loads_only_when_allowed_and_is_recorded(tmp_path):
     report = medssl.load_backbone("SwAV", path, allow_extra=extra, cache=False)[1]
     assert report.allow_extra == extra
     assert report.groups["teacher."] == (1, "accepted by allow_extra")
-    assert "not quite the README's, see the table" in report.verdict
+    assert "are not quite those known of a SwAV file: see the table" in report.verdict
 
 
 def test_a_single_extra_may_be_a_plain_text(tmp_path):
@@ -273,7 +273,7 @@ def test_an_extra_that_a_file_does_not_need_is_not_reported(tmp_path):
     report = medssl.load_backbone("SparK", path, allow_extra=("teacher.", "lab.Settings"))[1]
     assert report == medssl.load_backbone("SparK", path)[1]
     assert report.allow_extra == ()
-    assert "that the authors' README names" in report.verdict
+    assert "are those known of a SparK file" in report.verdict
 
 
 def test_what_was_accepted_in_a_published_file_is_recorded_and_holds_from_then_on(tmp_path):
