@@ -1035,12 +1035,14 @@ def _load_file(
                             notes=(*report.notes, *told))
 
 
-def _agree(asked: str | None, found: str) -> None:
+def _agree(asked: str | None, found: str, evident: bool = True) -> None:
     """Refuse a file of one method that was asked for as another."""
     if asked not in (None, found):
         advice = (f"{asked} is loaded without a path" if asked in CONTROLS else
                   f"ask for {found!r}, or give the {asked} file")
-        raise CheckpointError(f"it is a {found} checkpoint, but {asked} was asked for: {advice}")
+        doubt = "" if evident else " (or another ResNet50 with the same names)"
+        raise CheckpointError(
+            f"it is a {found} checkpoint{doubt}, but {asked} was asked for: {advice}")
 
 
 def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
@@ -1072,11 +1074,13 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
         if ddp := all(key.startswith("module.") for key in entries):
             entries = {key.removeprefix("module."): entry for key, entry in entries.items()}
         found, prefix = _recognise(entries)
-        _agree(method, found)
+        known = CHECKPOINTS[found]
+        evident = known.wrapper == "module" in wrapper or any(
+            key.startswith(tuple(known.groups)) for key in entries)
+        _agree(method, found, evident)
         backbone, filled = _take_backbone(entries, prefix)
-        groups = _sort_rest(entries, prefix, CHECKPOINTS[found], allow_extra)
+        groups = _sort_rest(entries, prefix, known, allow_extra)
         accepted = tuple(extra for extra in allow_extra if extra in names or extra in groups)
-        evident = bool(groups) or CHECKPOINTS[found].wrapper == "module" in wrapper
         if method is None and not evident:
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
@@ -1087,7 +1091,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             "legacy format (PyTorch < 1.6) without CRC: damage can go unnoticed":
                 None in (crc for _, _, crc in records.values()),
             f"the backbone lay under {prefix}, not where the published file has it":
-                prefix != CHECKPOINTS[found].prefix,
+                prefix != known.prefix,
             f"nothing but the prefix {prefix!r} of its keys says that this is {found}": not evident,
             f"accepted by you beyond what is known: {_few(accepted)}": accepted}
         return tensors, KeyReport(

@@ -234,6 +234,19 @@ def test_a_plain_resnet50_is_not_guessed_to_be_spark(tmp_path):
     assert "nothing but the prefix" in str(report)
 
 
+def test_a_plain_resnet50_asked_for_as_another_method_is_not_called_spark_for_sure(tmp_path):
+    path = saved(tmp_path / "plain.pth", files.weights())
+    with pytest.raises(CheckpointError, match="SparK checkpoint .or another ResNet50.*BYOL was"):
+        medssl.load_backbone("BYOL", path)
+
+
+def test_what_the_user_accepts_does_not_tell_the_method(tmp_path):
+    state = {**files.prefixed("model.", files.weights()), "model.fc.weight": torch.ones(2)}
+    path = saved(tmp_path / "classifier.ckpt", state)
+    with pytest.raises(CheckpointError, match="nothing that tells the method"):
+        medssl.load_backbone(path=path, allow_extra=["model.fc."])
+
+
 def test_a_classifier_is_not_taken_for_spark(tmp_path):
     state = {**files.weights(), "fc.weight": torch.ones(1000, 2048), "fc.bias": torch.ones(1000)}
     with pytest.raises(CheckpointError, match=re.escape("allow_extra=('fc.',)")):
