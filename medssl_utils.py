@@ -1040,9 +1040,9 @@ def _agree(asked: str | None, found: str, evident: bool = True) -> None:
     if asked not in (None, found):
         advice = (f"{asked} is loaded without a path" if asked in CONTROLS else
                   f"ask for {found!r}, or give the {asked} file")
-        doubt = "" if evident else " (or another ResNet50 with the same names)"
+        doubt = "" if evident else " (another ResNet50 may have the same names)"
         raise CheckpointError(
-            f"it is a {found} checkpoint{doubt}, but {asked} was asked for: {advice}")
+            f"it is a {found} checkpoint, but {asked} was asked for: {advice}{doubt}")
 
 
 def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
