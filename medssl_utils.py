@@ -244,7 +244,7 @@ def download_checkpoint(
         with FileLock(target.with_name(f".{target.name}.lock")):
             problem = _file_problem(target, expected)  # again: another process may have been first
             if problem and target.exists():
-                warnings.warn(_set_aside(target, problem) + "; a new one is got.", stacklevel=2)
+                warnings.warn(_set_aside(target, problem) + "; it is replaced.", stacklevel=2)
             if problem and from_file is not None:
                 with _atomic(target) as copied:
                     shutil.copyfile(from_file, copied)  # not its permissions: it may be read-only
@@ -273,10 +273,12 @@ def _hex(sha256: Any) -> str:
 
 
 def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what `folder`/checksums.json records: file name -> {"sha256": ..., "size": ...}."""
+    """Return what `folder`/checksums.json records: file name -> SHA-256, size, and what else the
+    user accepted in it (`allow_extra`)."""
     listing = folder / "checksums.json"
     try:
-        return {name: {"sha256": _hex(entry["sha256"]), "size": int(entry["size"])}
+        return {name: {"sha256": _hex(entry["sha256"]), "size": int(entry["size"]),
+                       "allow_extra": _extras(entry.get("allow_extra", ()))}
                 for name, entry in json.loads(listing.read_text()).items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
@@ -285,13 +287,13 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
             f"{listing} is not a list of checksums ({error}): restore it or delete it.") from error
 
 
-def _record_checksum(path: Path, sha256: str) -> None:
-    """Add SHA-256 and size of a file to checksums.json beside it; what is listed stays as it is.
+def _record_checksum(path: Path, sha256: str, allow_extra: tuple[str, ...] = ()) -> None:
+    """Add a file to checksums.json beside it; what is listed there stays as it is.
     A folder that cannot be written to only gives a warning: its files can still be used."""
     listing = path.with_name("checksums.json")
     try:
         with FileLock(path.with_name(".checksums.json.lock")), _atomic(listing) as temporary:
-            entry = {"sha256": sha256, "size": path.stat().st_size}
+            entry = {"sha256": sha256, "size": path.stat().st_size, "allow_extra": allow_extra}
             entries = {path.name: entry} | _checksums(path.parent)
             temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     except OSError as error:
@@ -312,10 +314,14 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
         with open(path, "rb") as file:
             found = hashlib.file_digest(file, name).hexdigest()
         if found != expected[name]:
-            return f"its {name} is {found}, expected {expected[name]}"
+            replaced = "; if the authors replaced the file, delete its entry in checksums.json"
+            return (f"its {name} is {found}, expected {expected[name]}"
+                    f"{replaced * ('size' in expected)}")
     elif kind == "zip":
         try:
-            _read_records(path, _zip_records(path), keep={})
+            records = _zip_records(path)
+            _zip_root(records)
+            _read_records(path, records, keep={})
         except CheckpointError as error:
             return str(error)
     return None
@@ -343,8 +349,9 @@ def _transfer(
             _fetch(url, part, timeout, quiet)
             break
         except (OSError, urllib3.exceptions.HTTPError) as error:  # an OSError too: requests' own
-            passing = isinstance(error, (requests.ConnectionError, requests.Timeout,
-                                         urllib3.exceptions.HTTPError))  # not of address or disk
+            passing = isinstance(error, (  # not of address or disk
+                requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError,
+                requests.exceptions.ChunkedEncodingError))
             if passing and attempt <= retries:
                 time.sleep(min(0.25 * 2**attempt, 30))
                 continue
@@ -407,9 +414,10 @@ def _open(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requ
         session.headers["If-Range"] = known["validator"]
     response = session.get(url, stream=True, timeout=timeout)
     is_page = response.headers.get("Content-Type", "").startswith("text/html")
-    if response.status_code == 200 and is_page and is_google_drive_url(url):
+    if response.status_code in (200, 206) and is_page and is_google_drive_url(url):
+        page = response.text
         try:
-            confirmed = get_url_from_gdrive_confirmation(response.text)
+            confirmed = get_url_from_gdrive_confirmation(page)
         except Exception as error:  # a page that gdown doesn't know can break it in any way
             raise CheckpointError(f"{url} sent a web page, not the file: {error}") from error
         response = session.get(confirmed, stream=True, timeout=timeout)
@@ -530,6 +538,7 @@ class _PickleReader(pickle._Unpickler):
     def __init__(self, file: io.BytesIO, allow_extra: Sequence[str] = (), root: str = ""):
         super().__init__(file, encoding="latin-1")
         self.allowed, self.root = {*allow_extra, *_DTYPES, *_TENSOR, _PARAMETER}, root
+        self.allow_extra = tuple(allow_extra)
         self.names: dict[_Name, bool] = {}  # name -> accepted
         self.sizes: dict[str, int] = {}  # record -> bytes, as declared
 
@@ -543,7 +552,8 @@ class _PickleReader(pickle._Unpickler):
         if refused := tuple(str(name) for name, accepted in self.names.items() if not accepted):
             problem = (f"it asks for {_few(refused)}, which has no place in a weight file: opened "
                        "the usual way, it could run code. Nothing was run. If you trust its "
-                       f"origin, allow_extra={refused!r} takes empty placeholders instead")
+                       f"origin, {_accepting((*self.allow_extra, *refused))}: empty placeholders "
+                       "are then taken instead")
         if problem:
             raise CheckpointError(problem)
         return result
@@ -604,6 +614,12 @@ def _few(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
 
 
+def _accepting(extras: tuple[str, ...]) -> str:
+    """Say how a user accepts what is refused."""
+    return (f"pass allow_extra={extras!r} (notebook 02 has that parameter; what is accepted in a "
+            "published file is kept in checksums.json and holds for every later load)")
+
+
 @contextlib.contextmanager
 def _about(path: Path) -> Iterator[None]:
     """Let the errors raised within begin with the file's path."""
@@ -627,7 +643,7 @@ def load_state_dict(
         CheckpointError: it isn't a checkpoint, is damaged, or asks for names of no weight file.
     """
     with _about(path := Path(path)):
-        top, records = _open_checkpoint(path, _extras(allow_extra))
+        top, records, _ = _open_checkpoint(path, _extras(allow_extra))
         entries, _ = _unwrap(top)
         stored = {name: entry for name, entry in entries.items() if isinstance(entry, _Stored)}
         return _read_tensors(path, records, stored)
@@ -638,8 +654,8 @@ def _extras(allow_extra: Sequence[str]) -> tuple[str, ...]:
     return (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
 
 
-def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
-    """Check a file's structure; return what it holds, tensors unread, and where its records lie."""
+def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
+    """Check a file's structure; return what it holds, with tensors unread."""
     if not path.is_file():
         raise CheckpointError("it is a folder, not a file" if path.is_dir() else
                               "it is a pipe or device, not a file" if path.exists() else
@@ -651,6 +667,8 @@ def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[
 
 
 _Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
+# what a file holds, where its records lie, the names that its pickle asks for
+_Opened = tuple[Any, dict[str, _Place], Iterable[str]]
 _KINDS = {  # how a file begins -> what it is; the first that matches
     rb"PK\x03\x04": "zip",
     rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": "legacy",
@@ -684,14 +702,10 @@ def _what(start: bytes) -> str:
     return f"of no known kind (its first bytes are {start[:8]!r})"
 
 
-def _open_zip(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
+def _open_zip(path: Path, allow_extra: Sequence[str]) -> _Opened:
     """Open what torch.save writes since PyTorch 1.6: a pickle and uncompressed records."""
     records = _zip_records(path)
-    pickles = [record for record in records if record.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
-                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
-    root = pickles[0].removesuffix("data.pkl")
+    root = _zip_root(records)
     places = {name: records.get(root + name, (0, 0, 0)) for name in ("data.pkl", "byteorder")}
     if (largest := max(size for _, size, _ in places.values())) > MAX_PICKLE_BYTES:
         raise CheckpointError(f"its pickle has {largest:,} bytes, more than any weight file's")
@@ -706,17 +720,33 @@ def _open_zip(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _P
         if found.get(name) != reader.sizes.get(name):
             raise CheckpointError("its records aren't those that its pickle declares: bytes of "
                                   f"{name}: {found.get(name)}, declared {reader.sizes.get(name)}")
-    return top, records
+    return top, records, reader.names
+
+
+def _zip_root(records: Iterable[str]) -> str:
+    """Return what a checkpoint's records begin with; raise if it is another kind of archive."""
+    pickles = [record for record in records if record.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
+                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
+    return pickles[0].removesuffix("data.pkl")
 
 
 def _zip_records(path: Path) -> dict[str, _Place]:
     """List a zip's records after checking that each lies where the directory says."""
     records, size = {}, path.stat().st_size
     with open(path, "rb") as file:
+        file.seek(max(size - 98, 0))
+        end = file.read()  # of the directory: says how many records it lists, in how many bytes
+        is_zip64 = end[-42:-38] == b"PK\6\7"
+        length = int.from_bytes(end[-58:-50] if is_zip64 else end[-10:-6], "little")
+        count = int.from_bytes(end[-12:-10], "little")
         try:
+            if end[-22:-18] + end[-2:] != b"PK\5\6\0\0":
+                raise ValueError("the file doesn't end where it does")
+            if length > MAX_PICKLE_BYTES:
+                raise ValueError(f"it lists records in {length:,} bytes, more than any weight file")
             infos = zipfile.ZipFile(file).infolist()
-            file.seek(-12, os.SEEK_END)  # where the directory's end says how many there are
-            count = int.from_bytes(file.read(2), "little")
             if count not in (len(infos), 0xFFFF):
                 raise ValueError(f"it has {len(infos)} records, its end says {count}")
             if min((info.header_offset for info in infos), default=0):  # readers differ on these
@@ -762,7 +792,7 @@ def _read_records(
                                       f"{expected:08x} when it was written): fetch it again")
 
 
-def _open_legacy(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str, _Place]]:
+def _open_legacy(path: Path, allow_extra: Sequence[str]) -> _Opened:
     """Open what torch.save wrote before PyTorch 1.6: five pickles, then the storages in order."""
     head, records = io.BytesIO(_beginning(path)), {}
     reader = _PickleReader(head, allow_extra)
@@ -778,7 +808,7 @@ def _open_legacy(path: Path, allow_extra: Sequence[str]) -> tuple[Any, dict[str,
         first += 8 + reader.sizes[key]
     if first != (size := path.stat().st_size):
         raise CheckpointError(f"it is cut off or damaged: {size:,} bytes, {first:,} are needed")
-    return top, records
+    return top, records, reader.names
 
 
 _WRAPPERS = ("state_dict", "module", "model", "model_state_dict", "checkpoint")
@@ -848,22 +878,22 @@ class KeyReport:
         if known := CHECKPOINTS.get(self.method):
             as_told = (self.missing_keys == README_MISSING and not self.allow_extra
                        and len(self.unexpected_keys) in known.unexpected)
-            text += ("; the keys left out are those that the authors' README names" if as_told
-                     else "; the keys left out are not quite the README's, see the table")
+            text += f"; the keys left out are {'' if as_told else 'not quite '}those known of a "
+            text += f"{self.method} file" + ": see the table" * (not as_told)
         stand_in = self.weights == "stand-in"
         return text + ("; STAND-IN: random numbers, no pre-training." if stand_in else ".")
 
     def to_frame(self) -> pd.DataFrame:
-        """Return the report as a table: keys, found, what the README expects, meaning."""
+        """Return the report as a table: keys, found, expected, meaning."""
         rows = [("backbone", f"{self.loaded} of {self.expected}", "", "ResNet50 without fc")]
         if known := CHECKPOINTS.get(self.method):
             counts = " or ".join(map(str, known.unexpected))
             rows += [("missing_keys", ", ".join(self.missing_keys) or "none",
                       ", ".join(README_MISSING), "classifier, not pre-trained"),
                      ("unexpected_keys", str(len(self.unexpected_keys)),
-                      f"{counts}: {known.readme_unexpected}", "left out, by group:")]
+                      f"{counts}; README: {known.readme_unexpected}", "left out, by group:")]
         rows += [(group, str(count), "", words) for group, (count, words) in self.groups.items()]
-        return pd.DataFrame(rows, columns=["keys", "found", "README expects", "what it is"])
+        return pd.DataFrame(rows, columns=["keys", "found", "expected", "what it is"])
 
     def _lines(self) -> list[str]:
         """The title, then the lines that stand below the table."""
@@ -894,7 +924,8 @@ def load_backbone(
         weights: "stand-in" (written on demand, random numbers) or "published" (fetched on demand).
         folder: where checkpoints are kept.
         seed: of the `random` control.
-        allow_extra: key groups ("group.") or pickled names that an error named and you accept.
+        allow_extra: key groups ("group.") or pickled names that an error named and you accept;
+            those of a published file are recorded with its checksum and then hold by themselves.
         cache: keep the backbone as safetensors beside the file for quick later loads. True trusts
             it while size and time stamp of both files are unchanged, "verify" checks its CRC too.
     Returns:
@@ -987,6 +1018,8 @@ def _load_file(
     method: str | None, path: Path, weights: str, allow_extra: tuple[str, ...], cache: bool | str,
 ) -> _Loaded:
     """Return the 318 tensors of a checkpoint and their report, from its cache where current."""
+    recorded = _checksums(path.parent).get(path.name, {"allow_extra": ()})
+    allow_extra = (*dict.fromkeys((*recorded["allow_extra"], *allow_extra)),)
     cached = _load_cache(path, allow_extra, cache == "verify") if cache else None
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     tensors, report = cached or _load_original(method, path, allow_extra)
@@ -1002,12 +1035,14 @@ def _load_file(
                             notes=(*report.notes, *told))
 
 
-def _agree(asked: str | None, found: str) -> None:
+def _agree(asked: str | None, found: str, evident: bool = True) -> None:
     """Refuse a file of one method that was asked for as another."""
     if asked not in (None, found):
         advice = (f"{asked} is loaded without a path" if asked in CONTROLS else
                   f"ask for {found!r}, or give the {asked} file")
-        raise CheckpointError(f"it is a {found} checkpoint, but {asked} was asked for: {advice}")
+        doubt = "" if evident else " (another ResNet50 may have the same names)"
+        raise CheckpointError(
+            f"it is a {found} checkpoint, but {asked} was asked for: {advice}{doubt}")
 
 
 def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
@@ -1019,7 +1054,7 @@ def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
             "that (notebook 01)" if report.demo else "it has no stand-in's mark: move it away and "
             "give its path; a stand-in will be written here")
     if weights == "published" and path.name not in _checksums(path.parent):
-        _record_checksum(path, report.sha256)
+        _record_checksum(path, report.sha256, report.allow_extra)
     known = _checksums(path.parent).get(path.name, {"sha256": report.sha256})["sha256"]
     if known != report.sha256:
         raise CheckpointError(
@@ -1034,15 +1069,18 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
         # hashing takes as long as all the rest: side by side, but for a file beyond all measure
         usual = path.is_file() and path.stat().st_size < 1 << 30
         digest = pool.submit(_sha256, path) if usual else None
-        top, records = _open_checkpoint(path, allow_extra)
+        top, records, names = _open_checkpoint(path, allow_extra)
         entries, wrapper = _unwrap(top)
         if ddp := all(key.startswith("module.") for key in entries):
             entries = {key.removeprefix("module."): entry for key, entry in entries.items()}
         found, prefix = _recognise(entries)
-        _agree(method, found)
+        known = CHECKPOINTS[found]
+        evident = known.wrapper == "module" in wrapper or any(
+            key.startswith(tuple(known.groups)) for key in entries)
+        _agree(method, found, evident)
         backbone, filled = _take_backbone(entries, prefix)
-        groups = _sort_rest(entries, prefix, CHECKPOINTS[found], allow_extra)
-        evident = bool(groups) or CHECKPOINTS[found].wrapper == "module" in wrapper
+        groups = _sort_rest(entries, prefix, known, allow_extra)
+        accepted = tuple(extra for extra in allow_extra if extra in names or extra in groups)
         if method is None and not evident:
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
@@ -1053,16 +1091,16 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             "legacy format (PyTorch < 1.6) without CRC: damage can go unnoticed":
                 None in (crc for _, _, crc in records.values()),
             f"the backbone lay under {prefix}, not where the published file has it":
-                prefix != CHECKPOINTS[found].prefix,
+                prefix != known.prefix,
             f"nothing but the prefix {prefix!r} of its keys says that this is {found}": not evident,
-            f"accepted by you beyond what is known: {_few(allow_extra)}": allow_extra}
+            f"accepted by you beyond what is known: {_few(accepted)}": accepted}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
             changed=_changed(tensors), groups=groups, fingerprint=_fingerprint(tensors),
             missing_keys=tuple(
                 key for key in (*_backbone_layout(), *README_MISSING) if key not in tensors),
             unexpected_keys=tuple(key for key in entries if not _is_backbone(key, prefix)),
-            allow_extra=allow_extra, notes=tuple(note for note, true in notes.items() if true),
+            allow_extra=accepted, notes=tuple(note for note, true in notes.items() if true),
             sha256=digest.result() if digest else _sha256(path))
 
 
@@ -1074,8 +1112,9 @@ def _recognise(entries: _Entries) -> tuple[str, str]:
     best = max(counts, key=counts.get)
     if not counts[best]:
         raise CheckpointError(
-            f"0 of 318 backbone tensors: none of its {len(entries)} keys has a known prefix; they "
-            f"begin with {_few(dict.fromkeys(key.split('.')[0] for key in entries))}")
+            f"0 of 318 backbone tensors: none of its {len(entries)} keys is a known prefix and a "
+            f"ResNet50's name; they begin with "
+            f"{_few(dict.fromkeys(key.split('.')[0] for key in entries))}")
     return best
 
 
@@ -1115,19 +1154,20 @@ def _sort_rest(
 ) -> dict[str, tuple[int, str]]:
     """Sort what isn't backbone into the method's known groups: group -> (keys, words); or raise."""
     words = {name: "accepted by allow_extra" for name in allow_extra} | dict(known.groups)
-    roots = {name.split(".")[0] for name in (prefix, *known.groups)}
+    roots = {name.split(".")[0] + "." for name in (prefix, *known.groups)}
     counts, unknown = Counter(), {}
     for key in (key for key in entries if not _is_backbone(key, prefix)):
         group = next((g for g in words if key == g or g.endswith(".") and key.startswith(g)), None)
         if group is None:
-            parts = key.split(".", 2)  # what begins as a known group does is named by two parts
-            start = ".".join(parts[: 1 + (parts[0] in roots)]) + "."
+            root = key.split(".")[0] + "."  # what begins as a known part does is named by more
+            known_part = prefix if key.startswith(prefix) else root if root in roots else ""
+            start = known_part + key.removeprefix(known_part).split(".")[0] + "."
             unknown[start if key.startswith(start) else key] = None
         counts[group] += 1
     if unknown:
         raise CheckpointError(
             f"it holds keys that a {known.method} checkpoint isn't known to have: {_few(unknown)}; "
-            f"if they may be left out, pass allow_extra={(*allow_extra, *unknown)!r}")
+            f"if they may be left out, {_accepting((*allow_extra, *unknown))}")
     return {group: (counts[group], words[group]) for group in words if counts[group]}
 
 
@@ -1257,7 +1297,7 @@ def _load_cache(path: Path, allow_extra: tuple[str, ...], verify: bool) -> _Load
         original, cached = path.stat(), _cache_path(path).stat()
         if original.st_mtime_ns == cached.st_mtime_ns:  # neither was touched since
             tensors, report = _read_backbone(_cache_path(path), verify)
-            if (report.size, report.allow_extra) == (original.st_size, allow_extra):
+            if report.size == original.st_size and {*report.allow_extra} <= {*allow_extra}:
                 return tensors, report
     return None
 
@@ -4573,24 +4613,21 @@ def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> 
         The path.
     """
     check_choice(method, METHODS, "method")
-    backbone = _demo_backbone(torch.Generator().manual_seed(len(METHODS) * seed
-                                                            + METHODS.index(method)))
+    number = len(METHODS) * seed + METHODS.index(method)
+    backbone = _demo_backbone(torch.Generator().manual_seed(number))
     second = {name: torch.zeros((1,) * tensor.dim(), dtype=tensor.dtype)
               for name, tensor in backbone.items()}
+    with torch.random.fork_rng(devices=[]):  # layers of the heads draw; the caller's state stays
+        torch.default_generator.manual_seed(number)
+        parts = _demo_parts(method, backbone, second)
     state = OrderedDict((prefix + name, tensor)
-                        for prefix, part in _demo_parts(method, backbone, second)
-                        for name, tensor in part.items())
+                        for prefix, part in parts for name, tensor in part.items())
     wrapper = _demo_wrapper(method, state)
     wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
     path = Path(folder) / CHECKPOINTS[method].filename
     with _atomic(path) as temporary, open(temporary, "wb") as file:
         torch.save(wrapper, file)  # not to a path, whose name would go into the file
     return path
-
-
-def _fresh_std(weight: torch.Tensor) -> float:
-    """Standard deviation of torchvision's initial weights: He's, by fan-out; 0 for BatchNorm's."""
-    return math.sqrt(2 / (weight.shape[0] * weight[0, 0].numel())) if weight.dim() == 4 else 0.0
 
 
 def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -4600,7 +4637,8 @@ def _demo_backbone(generator: torch.Generator) -> dict[str, torch.Tensor]:
         if name.endswith("num_batches_tracked"):
             state[name] = torch.tensor(1)
         elif blank.dim() == 4:
-            state[name] = torch.randn(blank.shape, generator=generator) * _fresh_std(blank)
+            fan_out = blank[:, 0].numel()
+            state[name] = torch.randn(blank.shape, generator=generator) * math.sqrt(2 / fan_out)
         else:
             centre = float(name.endswith(("weight", "running_var")))
             state[name] = centre + 0.05 * torch.rand(blank.shape, generator=generator)

@@ -50,6 +50,8 @@ FAULTS = {
     "quota": "a quota page with status 200",
     "quota_as_file": "a quota page with status 200, sent as an attachment of binary type",
     "login": "a login page with status 200",
+    "cut_page": "the first page about large files ends in the middle",
+    "partial_page": "that page is sent as the part that was asked for, with status 206",
     "403": "status 403 to everything",
     "404": "status 404 to everything",
     "304": "status 304 to everything",
@@ -159,17 +161,21 @@ class _Handler(BaseHTTPRequestHandler):
                 target = f"https://{DRIVE_HOSTS[2]}/download?{query}"
                 self._head(303, {"Location": target, "Content-Length": "0"})
             elif path == "/download" and "confirm" not in query:
-                self._page(CONFIRM_PAGE.format(id=urllib.parse.parse_qs(query)["id"][0]))
+                page = CONFIRM_PAGE.format(id=urllib.parse.parse_qs(query)["id"][0])
+                first = [asked for asked, _ in drive.requests].count(path) == 1
+                self._page(page, 206 if fault == "partial_page" else 200,
+                           cut=fault == "cut_page" and first)
             else:
                 self._file(fault)
 
-    def _page(self, html: str, status: int = 200, attachment: bool = False) -> None:
+    def _page(self, html: str, status: int = 200, attachment: bool = False,
+              cut: bool = False) -> None:
         fields = {"Content-Type": "text/html; charset=utf-8"}
         if attachment:
             fields = {"Content-Type": "application/octet-stream",
                       "Content-Disposition": 'attachment; filename="file.ckpt"'}
         self._head(status, {**fields, "Content-Length": str(len(html.encode()))})
-        self.wfile.write(html.encode())
+        self.wfile.write(html.encode()[: len(html) // 2 if cut else None])
 
     def _file(self, fault: str | None) -> None:
         drive = self.drive

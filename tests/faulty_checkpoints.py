@@ -1140,6 +1140,21 @@ def _many_records(folder: Path) -> Path:
     return write_zip(folder / "model.ckpt", [*base("SparK"), *extra])
 
 
+def _long_directory(folder: Path) -> Path:
+    """The directory lists 1.5 million records: 83 MB to read, and many times that to hold."""
+    title, count = b"archive/x", 1_500_000
+    head = 0, 0, 0, 0x21, 0, 0, 0, len(title)
+    local = struct.pack(LOCAL, b"PK\3\4", 20, *head, 0) + title
+    listed = struct.pack(CENTRAL, b"PK\1\2", 45, 20, *head, 0, 0, 0, 0, 0, 0) + title
+    start, size = len(local), len(listed) * count
+    (folder / "model.ckpt").write_bytes(b"".join([
+        local, listed * count,
+        struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start),
+        struct.pack("<4sLQL", b"PK\6\7", 0, start + size, 1),
+        struct.pack(END, b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0)]))
+    return folder / "model.ckpt"
+
+
 def _overlapping(folder: Path) -> Path:
     """Every record shows the same 9 MB: a small file that unpacks to gigabytes."""
     big = memoryview(bytes(9 << 20))
@@ -1185,6 +1200,7 @@ def _add_bombs() -> None:
     add("L6", "version of 3 GB", bomb("version", 3000), SIZE + "|version")
     add("L6", "compressed, honest", _deflated_honestly, SIZE, must="either")
     add("L6", "60,000 empty records", _many_records, must="either", says=r"records|entries|many")
+    add("L6", "directory of 1.5 million records", _long_directory, r"records|directory")
     add("L6", "overlapping records", _overlapping, r"overlap|data/|record|size")
     for title, opcodes in {
         "memo index of 4 billion": text("x") + b"r\xff\xff\xff\xff",

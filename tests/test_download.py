@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,13 @@ def test_D1_a_page_that_gdown_cannot_read_is_still_a_web_page(tmp_path, monkeypa
     monkeypatch.setattr("drive_server.CONFIRM_PAGE", '<form id="download-form"></form>')
     with drive(), pytest.raises(CheckpointError, match="a web page, not the file.*\nBy hand"):
         fetch(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["cut_page", "partial_page"])
+def test_D1_drives_page_about_large_files_may_be_cut_or_called_a_part(tmp_path, fault):
+    with drive(fault) as server:
+        assert fetch(tmp_path, retries=1) == BODY
+    assert server.bodies_sent == 1
 
 
 def test_D1_a_web_page_does_not_cost_the_partial_file(tmp_path):
@@ -304,6 +312,15 @@ def test_D10_a_remote_file_that_changed_is_never_joined_but_fetched_anew(tmp_pat
         assert fetch(tmp_path) == OTHER
 
 
+def test_D10_a_change_since_the_first_load_is_named_with_the_way_to_accept_it(tmp_path):
+    (tmp_path / NAME).write_bytes(BODY)
+    medssl._record_checksum(tmp_path / NAME, SHA)
+    (tmp_path / NAME).unlink()
+    with drive(body=OTHER), pytest.raises(CheckpointError, match="delete its entry in checksums"):
+        fetch(tmp_path)
+    assert NAME not in names(tmp_path)
+
+
 def test_D10_a_change_of_the_same_size_is_noticed(tmp_path):
     with DriveServer(BODY, "changed", other_body=BODY[::-1]) as server:
         with pytest.raises(CheckpointError, match='changed on the way: .*"one".*"two"'):
@@ -477,6 +494,14 @@ def test_a_users_file_that_is_a_web_page_is_refused(tmp_path):
     assert NAME not in names(tmp_path)
 
 
+def test_an_archive_that_holds_the_file_is_not_taken_for_it(tmp_path):
+    with zipfile.ZipFile(tmp_path / "mine.zip", "w") as archive:  # stored, as Drive packs a folder
+        archive.writestr("folder/mine.ckpt", BODY)
+    with pytest.raises(CheckpointError, match=r"a zip archive .* holds folder/mine\.ckpt"):
+        fetch(tmp_path / "new", from_file=tmp_path / "mine.zip")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_copy_that_is_not_whole_gets_no_name(tmp_path, monkeypatch):
     (tmp_path / "mine.ckpt").write_bytes(BODY)
     monkeypatch.setattr("shutil.copyfile", lambda _, copy: Path(copy).write_bytes(BODY[:-1]))
@@ -525,7 +550,8 @@ def test_a_checksum_is_recorded_once(tmp_path):
     assert medssl._checksums(tmp_path) == {}
     medssl._record_checksum(tmp_path / NAME, SHA)
     medssl._record_checksum(tmp_path / NAME, "0" * 64)
-    assert medssl._checksums(tmp_path) == {NAME: {"sha256": SHA, "size": len(BODY)}}
+    assert medssl._checksums(tmp_path) == {
+        NAME: {"sha256": SHA, "size": len(BODY), "allow_extra": ()}}
 
 
 def test_recording_keeps_the_other_entries(tmp_path):

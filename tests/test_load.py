@@ -18,6 +18,7 @@ import fuzz_load
 import pytest
 import torch
 import torchvision
+from notebook_cells import run_cells
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +116,35 @@ def test_the_error_names_the_extra_that_accepts_a_pickled_name(tmp_path, monkeyp
     assert found["a"].tolist() == [1, 1]
 
 
+def test_the_error_keeps_the_extras_that_were_given(tmp_path, monkeypatch):
+    kinds = [type(name, (), {"__module__": "lab"}) for name in ("First", "Second")]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "lab", SimpleNamespace(First=kinds[0], Second=kinds[1]))
+        torch.save({"state_dict": {"a": torch.ones(2)}, "more": [kind() for kind in kinds]},
+                   tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match=re.escape("extra=('lab.First', 'lab.Second')")):
+        medssl.load_state_dict(tmp_path / "x.ckpt", allow_extra="lab.First")
+
+
+def test_a_list_of_records_that_no_weight_file_has_is_refused_unread(tmp_path, monkeypatch):
+    path = saved(tmp_path / "x.ckpt", {"a": torch.ones(2)})
+    monkeypatch.setattr(medssl, "MAX_PICKLE_BYTES", path.stat().st_size)
+    assert list(medssl.load_state_dict(path)) == ["a"]
+    monkeypatch.setattr(medssl, "MAX_PICKLE_BYTES", 300)
+    with (monkeypatch.context() as patch,
+          pytest.raises(CheckpointError, match=r"it lists records in \d\d\d bytes, more than")):
+        patch.setattr("zipfile.ZipFile", None)
+        medssl.load_state_dict(path)
+
+
+def test_a_file_that_goes_on_behind_its_directory_is_refused(tmp_path):
+    path = saved(tmp_path / "x.ckpt", {"a": torch.ones(2)})
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + b"\x0c\0" + b"\xff" * 12)  # as a comment to it
+    with pytest.raises(CheckpointError, match="the file doesn't end where it does"):
+        medssl.load_state_dict(path)
+
+
 def test_two_files_joined_to_one_are_refused(tmp_path):
     for value in (1, 2):
         torch.save({"state_dict": {"a": torch.full((9,), value)}}, tmp_path / f"{value}.ckpt")
@@ -204,6 +234,19 @@ def test_a_plain_resnet50_is_not_guessed_to_be_spark(tmp_path):
     assert "nothing but the prefix" in str(report)
 
 
+def test_a_plain_resnet50_asked_for_as_another_method_is_not_called_spark_for_sure(tmp_path):
+    path = saved(tmp_path / "plain.pth", files.weights())
+    with pytest.raises(CheckpointError, match="BYOL was asked for.*another ResNet50 may have the same"):
+        medssl.load_backbone("BYOL", path)
+
+
+def test_what_the_user_accepts_does_not_tell_the_method(tmp_path):
+    state = {**files.prefixed("model.", files.weights()), "model.fc.weight": torch.ones(2)}
+    path = saved(tmp_path / "classifier.ckpt", state)
+    with pytest.raises(CheckpointError, match="nothing that tells the method"):
+        medssl.load_backbone(path=path, allow_extra=["model.fc."])
+
+
 def test_a_classifier_is_not_taken_for_spark(tmp_path):
     state = {**files.weights(), "fc.weight": torch.ones(1000, 2048), "fc.bias": torch.ones(1000)}
     with pytest.raises(CheckpointError, match=re.escape("allow_extra=('fc.',)")):
@@ -220,7 +263,7 @@ def test_an_unknown_group_loads_only_when_allowed_and_is_recorded(tmp_path):
     report = medssl.load_backbone("SwAV", path, allow_extra=extra, cache=False)[1]
     assert report.allow_extra == extra
     assert report.groups["teacher."] == (1, "accepted by allow_extra")
-    assert "not quite the README's, see the table" in report.verdict
+    assert "are not quite those known of a SwAV file: see the table" in report.verdict
 
 
 def test_a_single_extra_may_be_a_plain_text(tmp_path):
@@ -228,6 +271,58 @@ def test_a_single_extra_may_be_a_plain_text(tmp_path):
     path = saved(tmp_path / "x.pth", state, "module")
     report = medssl.load_backbone("SparK", path, allow_extra="teacher.", cache=False)[1]
     assert report.allow_extra == ("teacher.",)
+
+
+def test_an_unknown_head_of_the_backbone_is_named_apart_from_it(tmp_path):
+    prefix = medssl.CHECKPOINTS["BYOL"].prefix
+    state = {**files.prefixed(prefix, files.weights()), f"{prefix}fc.weight": torch.ones(2)}
+    path = saved(tmp_path / "x.ckpt", state)
+    with pytest.raises(CheckpointError, match=re.escape(f"allow_extra=('{prefix}fc.',)")):
+        medssl.load_backbone("BYOL", path)
+
+
+def test_an_extra_that_a_file_does_not_need_is_not_reported(tmp_path):
+    path = saved(tmp_path / "x.pth", files.weights(), "module")
+    report = medssl.load_backbone("SparK", path, allow_extra=("teacher.", "lab.Settings"))[1]
+    assert report == medssl.load_backbone("SparK", path)[1]
+    assert report.allow_extra == ()
+    assert "are those known of a SparK file" in report.verdict
+
+
+def test_what_was_accepted_in_a_published_file_is_recorded_and_holds_from_then_on(tmp_path):
+    state = {**files.weights(), "teacher.weight": torch.ones(2)}
+    path = saved(tmp_path / "spark_resnet50.pth", state, "module")
+    arguments = {"weights": "published", "folder": tmp_path}
+    with pytest.raises(CheckpointError, match="kept in checksums.json"):
+        medssl.load_backbone("SparK", **arguments)
+    medssl.load_backbone("SparK", allow_extra=["teacher.", "never."], **arguments)
+    assert medssl._checksums(tmp_path)[path.name]["allow_extra"] == ("teacher.",)
+    for cache in (False, True):
+        report = medssl.load_backbone("SparK", cache=cache, **arguments)[1]
+        assert report.allow_extra == ("teacher.",)
+        assert "accepted by you beyond what is known: teacher." in str(report)
+
+
+def test_what_was_accepted_in_one_file_is_not_accepted_in_another(tmp_path):
+    state = {**files.weights(), "teacher.weight": torch.ones(2)}
+    path = saved(tmp_path / "spark_resnet50.pth", state, "module")
+    arguments = {"weights": "published", "folder": tmp_path}
+    medssl.load_backbone("SparK", allow_extra=["teacher."], **arguments)
+    saved(path, {**state, **files.weights(1)}, "module")
+    with pytest.raises(CheckpointError, match="at its first load it was"):
+        medssl.load_backbone("SparK", **arguments)
+    saved(path, {**state, "student.weight": torch.ones(2)}, "module")
+    with pytest.raises(CheckpointError, match=re.escape("allow_extra=('teacher.', 'student.')")):
+        medssl.load_backbone("SparK", **arguments)
+
+
+def test_notebook_02_takes_what_the_user_accepts_and_later_runs_need_not_name_it(tmp_path):
+    state = {**files.weights(), "teacher.weight": torch.ones(2)}
+    saved(tmp_path / "spark_resnet50.pth", state, "module")
+    names = {"weights": "published", "methods": ["SparK"], "checkpoints_dir": str(tmp_path)}
+    run_cells("02_load_and_check_keys", **names, allow_extra=["teacher."])
+    shown = run_cells("02_load_and_check_keys", **names)["displayed"]
+    assert [report.allow_extra for report in shown] == [("teacher.",)] * 2
 
 
 def test_an_extra_does_not_excuse_a_foreign_backbone(tmp_path):

@@ -145,7 +145,7 @@ def test_ours_loads_all_318_and_reports_the_keys_that_the_snippet_calls_unexpect
         whole = missing == ["fc.weight", "fc.bias"]  # not of SparK's still-pretraining file
         assert list(report.missing_keys) == ["fc.weight", "fc.bias"]
         assert whole == (len(report.unexpected_keys) == len(unexpected))
-        assert whole == ("that the authors' README names" in report.verdict)
+        assert whole == ("are those known of a" in report.verdict)
 
 
 @pytest.mark.parametrize("method", medssl.METHODS)
@@ -155,9 +155,16 @@ def test_the_readme_snippet_reports_what_the_readme_says(method, stand_ins):
     assert len(unexpected) == medssl.CHECKPOINTS[method].unexpected[0]
 
 
-def test_a_stand_in_is_the_same_file_each_time(stand_ins, tmp_path):
-    again = medssl.write_demo_checkpoint("SparK", tmp_path)
-    assert again.read_bytes() == (stand_ins / "stand-in" / again.name).read_bytes()
+@pytest.mark.parametrize("method", medssl.METHODS)
+def test_a_stand_in_is_the_same_file_each_time(method, stand_ins, tmp_path):
+    again = medssl.write_demo_checkpoint(method, tmp_path)
+    assert again.read_bytes() == stand_in(method, stand_ins).read_bytes()
+
+
+def test_a_stand_in_leaves_the_callers_random_state(tmp_path):
+    before = torch.random.get_rng_state()
+    medssl.write_demo_checkpoint("BYOL", tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("kept", "unexpected"), [(".fc.2.", 326), (".no head.", 322)])
@@ -170,4 +177,4 @@ def test_moco_with_another_head_loads(kept, unexpected, stand_ins, tmp_path):
     torch.save(content, path := tmp_path / "model.ckpt")
     report = medssl.load_backbone("MoCo", path, cache=False)[1]
     assert len(report.unexpected_keys) == unexpected
-    assert "that the authors' README names" in report.verdict
+    assert "are those known of a" in report.verdict
