@@ -881,7 +881,7 @@ class KeyReport:
             text += f"; the keys left out are {'' if as_told else 'not quite '}those known of a "
             text += f"{self.method} file" + ": see the table" * (not as_told)
         stand_in = self.weights == "stand-in"
-        return text + ("; STAND-IN: random numbers, no pre-training." if stand_in else ".")
+        return text + ("; STAND-IN: random weights." if stand_in else ".")
 
     def to_frame(self) -> pd.DataFrame:
         """Return the report as a table: keys, found, expected, meaning."""
