@@ -2347,20 +2347,6 @@ def _class_members(labels: np.ndarray) -> np.ndarray:
     return member[:, member.any(0)]
 
 
-def save_subset(path: str | Path, data: DataSplits, index: np.ndarray, **asked: Any) -> None:
-    """Write the ids of a label subset as JSON, so that others can train on the same images.
-
-    Args:
-        index: what `label_subset` returned for `data.train`.
-        asked: fraction, seed, rule: kept beside the ids.
-    """
-    part = data.train.take(index)
-    record = {"dataset": data.name, **asked, "n": len(part),
-              "ids_sha256": part.ids_fingerprint, "ids": part.ids.tolist()}
-    with _atomic(path) as file:
-        file.write_text(json.dumps(record, indent=1))
-
-
 # Checks before anything is trained -------------------------------------------
 
 
@@ -4083,14 +4069,16 @@ def _cell_folder(cell: Mapping[str, Any]) -> Path:
 
 
 def _keep_subset(cell: Mapping[str, Any]) -> None:
-    """Write down which training images a cell uses, beside the runs of its study."""
+    """Write the ids of a cell's label subset beside the runs of its study, once, so that others can
+    train on the same images."""
     config, data = _cell_data(cell)
-    asked = {"label_fraction": cell["label_fraction"], "seed": cell["seed"],
-             "rule": config.subset_rule}
-    subset, (*_, fingerprint) = _known(data, *asked.values())
-    name = f"{data.name}_f{asked['label_fraction']:g}_s{asked['seed']}_{fingerprint[:8]}.json"
+    fraction, seed, rule = cell["label_fraction"], cell["seed"], config.subset_rule
+    subset, (*_, fingerprint) = _known(data, fraction, seed, rule)
+    name = f"{data.name}_f{fraction:g}_s{seed}_{fingerprint[:8]}.json"
     if not (path := Path(cell["runs_dir"], cell["study"], "subsets", name)).exists():
-        save_subset(path, data, subset, **asked)
+        _write_json(path, {
+            "dataset": data.name, "label_fraction": fraction, "seed": seed, "rule": rule,
+            "n": len(subset), "ids_sha256": fingerprint, "ids": data.train.ids[subset].tolist()})
 
 
 def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -4331,8 +4319,9 @@ def _work_off(
                 error = future.result()
             except BrokenExecutor:
                 if "new" not in worker:
-                    raise BrokenExecutor("A worker of the given executor died and broke it. Call "
-                                         "run_study again; workers=n replaces those that die.")
+                    raise BrokenExecutor(
+                        "A worker of the given executor died and broke it. Call run_study again "
+                        "with a new executor, or with workers=n, which replaces those that die.")
                 worker["pool"], deaths[i] = worker["new"](), deaths[i] + 1
                 error = None if deaths[i] < ATTEMPTS else (
                     f"The worker died {ATTEMPTS} times on this cell: killed, out of memory, or "
