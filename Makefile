@@ -42,8 +42,9 @@ runs = medssl.run_study(
     grid, workers=int(workers), progress="log", notebook="notebooks/03_fine_tune.ipynb",
     weights=weights, dataset=dataset, recipe=recipe, study=study,
 )
-failed = runs[runs["error"] != ""]
-sys.exit("\n".join(["Failed:", *failed["error"]]) if len(failed) else 0)
+failed = [f"{len(part)} of {len(runs)}, first {' '.join(map(str, part[[*grid]].iloc[0]))}: {error}"
+          for error, part in runs[runs["error"] != ""].groupby("error", sort=False)]
+sys.exit("\n".join(["Failed:", *failed]) if failed else 0)
 endef
 export GRID
 

@@ -47,6 +47,7 @@ from concurrent.futures import (
 )
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -2389,20 +2390,6 @@ def _class_members(labels: np.ndarray) -> np.ndarray:
     return member[:, member.any(0)]
 
 
-def save_subset(path: str | Path, data: DataSplits, index: np.ndarray, **asked: Any) -> None:
-    """Write the ids of a label subset as JSON, so that others can train on the same images.
-
-    Args:
-        index: what `label_subset` returned for `data.train`.
-        asked: fraction, seed, rule: kept beside the ids.
-    """
-    part = data.train.take(index)
-    record = {"dataset": data.name, **asked, "n": len(part),
-              "ids_sha256": part.ids_fingerprint, "ids": part.ids.tolist()}
-    with _atomic(path) as file:
-        file.write_text(json.dumps(record, indent=1))
-
-
 # Checks before anything is trained -------------------------------------------
 
 
@@ -4099,8 +4086,9 @@ ASKED: dict[str, Any] = {"method": "SparK", "weights": "stand-in", "dataset": "p
                          "recipe": "demo", "label_fraction": 1.0, "seed": 0}
 WHERE: dict[str, Any] = {"study": "study", "runs_dir": "runs", "data_dir": "data",
                          "checkpoints_dir": "checkpoints", "device": "auto", "notebook": "",
-                         "unofficial": False, "keep_best": False}
-WEIGHT_BYTES = 94.4e6  # of a ResNet50; a resume file holds four times as much, twice while renewed
+                         "unofficial": False, "keep_best": False, "keep_subsets": False}
+PATHS = ("runs_dir", "data_dir", "checkpoints_dir", "notebook")
+WEIGHT_BYTES = 94.4e6  # of a ResNet50; a resume file holds four times as much
 BUSY_SECONDS = 2.0     # between two looks at runs that another process is writing
 ATTEMPTS = 3           # a cell is given up when its worker has died so often
 _one_at_a_time = threading.Lock()
@@ -4123,6 +4111,9 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(default, tuple) and isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(value)
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, str) and value and (name in PATHS or name == "dataset" and (
+            value not in DATASETS and Path(value).exists())):
+        return str(Path(value).resolve())  # workers and notebooks start in other folders
     try:
         plain = type(default)(value)
     except (TypeError, ValueError):
@@ -4149,18 +4140,12 @@ def _cells(grid: Mapping[str, Sequence[Any]], fixed: Mapping[str, Any]) -> list[
     if twice := grid.keys() & fixed.keys():
         raise ValueError(f"{', '.join(sorted(twice))}: set in the grid and apart from it. "
                          "Keep one of both.")
-    fixed = {name: _plain(name, value) for name, value in fixed.items()}
+    common = {name: _plain(name, value) for name, value in (ASKED | WHERE | fixed).items()}
     grid = {name: _values(name, values) for name, values in grid.items()}
     for memory in (_once, _known):  # of an earlier study; in workers the token keeps studies apart
         memory.cache_clear()
-    common = {**ASKED, **WHERE, **fixed, "token": time.time_ns()}
-    for name in ("runs_dir", "data_dir", "checkpoints_dir", "notebook"):
-        if common[name]:  # workers and notebooks start in other folders
-            common[name] = str(Path(common[name]).resolve())
+    common["token"] = time.time_ns()
     cells = [common | dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    for cell in cells:
-        if cell["dataset"] not in DATASETS and Path(cell["dataset"]).exists():
-            cell["dataset"] = str(Path(cell["dataset"]).resolve())
     return sorted(cells, key=lambda cell: (str(cell["dataset"]), cell["recipe"], cell["seed"]))
 
 
@@ -4209,27 +4194,33 @@ def _cell_folder(cell: Mapping[str, Any]) -> Path:
     return Path(cell["runs_dir"], cell["study"], run_name(settings))
 
 
+def _keep_subset(cell: Mapping[str, Any]) -> None:
+    """Write the ids of a cell's label subset beside the runs of its study, once, so that others can
+    train on the same images."""
+    config, data = _cell_data(cell)
+    fraction, seed, rule = cell["label_fraction"], cell["seed"], config.subset_rule
+    subset, (*_, fingerprint) = _known(data, fraction, seed, rule)
+    name = f"{data.name}_f{fraction:g}_s{seed}_{fingerprint[:8]}.json"
+    if not (path := Path(cell["runs_dir"], cell["study"], "subsets", name)).exists():
+        _write_json(path, {
+            "dataset": data.name, "label_fraction": fraction, "seed": seed, "rule": rule,
+            "n": len(subset), "ids_sha256": fingerprint, "ids": data.train.ids[subset].tolist()})
+
+
 def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row a cell: what is asked for, how far its run folder is, how much work it is."""
     roots = {Path(cell["runs_dir"], cell["study"]) for cell in cells}
     begun = {path.name.rpartition("_")[0] for r in roots if r.is_dir() for path in r.iterdir()}
-    alike = [str({**cell, "label_fraction": 0, "seed": cell["method"] == "random" and cell["seed"]})
-             for cell in cells]  # these share the features of a linear evaluation
-    rows, sharing = [], Counter(alike)
-    for cell, key in zip(cells, alike):
+    rows, seen = [], set()
+    for cell in cells:
         row = {name: value for name, value in cell.items() if name not in (*WHERE, "token")}
         row |= {"status": "to do", "error": "", "folder": None, "n_train": 0, "images": 0,
                 "seconds": 0.0, "gigabytes": 0.0}
         try:
             check_choice(cell["method"], (*METHODS, *CONTROLS), "method")
             config, data = _cell_data(cell)
-            n_train, n_val, n_test = (len(getattr(data, name)) for name in SPLITS)
             row["n_train"] = len(_known(data, cell["label_fraction"], cell["seed"],
                                         config.subset_rule)[0])
-            epochs = config.epochs * max(1, len(config.lr_candidates))
-            row["images"] = math.ceil(  # a forward pass: a third of a step; in "linear" the step
-                (n_train + n_val + n_test) / sharing[key] if config.recipe == "linear" else
-                epochs * (row["n_train"] + n_val / 3) + (n_val + n_test) / 3)
             if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
                 row["folder"] = _cell_folder(cell)  # for others no weights need to be read
                 files = [(row["folder"] / f).exists() for f in ("metrics.json", "config.json")]
@@ -4237,10 +4228,24 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 if files[0]:
                     _read_json(row["folder"] / "metrics.json")
                     row["status"] = "done"
+            sharing = str({**cell, "label_fraction": 0, "done": row["status"] == "done",
+                           "seed": cell["method"] == "random" and cell["seed"]})
+            row["images"] = _work(config, data, row["n_train"], sharing in seen)
+            seen.add(sharing)
         except Exception as error:  # the other cells can run
             row["error"] = f"{type(error).__name__}: {error}"
         rows.append(row)
     return rows
+
+
+def _work(config: FineTuneConfig, data: DataSplits, n_train: int, again: bool) -> int:
+    """Return the work of a run, in training images; a forward pass is a third of a step. In
+    "linear" it is the step, and features are computed by the first of the runs that share them."""
+    train, val, test = (len(getattr(data, name)) for name in SPLITS)
+    if config.recipe == "linear":
+        return 1 if again else train + val + test
+    epochs = config.epochs * max(1, len(config.lr_candidates))
+    return math.ceil(epochs * (n_train + val / 3) + (val + test) / 3)
 
 
 def _time_steps(cell: Mapping[str, Any], steps: int = 1) -> float:
@@ -4264,7 +4269,9 @@ def _rate(
     done: Sequence[Mapping[str, Any]], cell: Mapping[str, Any], executor: Executor | None,
 ) -> tuple[float, str]:
     """Return seconds per image, of finished runs or timed, and which of both."""
-    spent = [json.loads((row["folder"] / "metrics.json").read_text())["seconds"] for row in done]
+    spent = [max(json.loads((row["folder"] / "metrics.json").read_text())["seconds"],
+                 pd.read_csv(row["folder"] / "history.csv")["seconds"].sum())  # of a resumed run
+             for row in done]
     if done:
         return sum(spent) / sum(row["images"] for row in done), f"rate of {len(done)} finished"
     try:
@@ -4288,9 +4295,10 @@ def plan_study(
         some can't run (the first five reasons).
     """
     cells = grid if isinstance(grid, list) else _cells(grid, fixed)
-    rows, rates = _look(cells), {}
+    rows, rates, most = _look(cells), {}, 0  # most: resume files of a run, one of them twice
     for cell, row in zip(cells, rows):
         if row["status"] != "done" and not row["error"]:
+            most = max(most, 1 + len(cell.get("lr_candidates") or (1,)))
             kind = cell["recipe"], cell.get("image_size")  # for which one rate holds
             if kind not in rates:
                 rates[kind] = _rate([r for c, r in zip(cells, rows) if r["status"] == "done" and (
@@ -4305,7 +4313,7 @@ def plan_study(
     plan.attrs["summary"] = ", ".join([f"Runs: {len(rows)} in all", *(
         f"{n} {state}" for state, n in states.items())]) + (
         f". Left: {hours} one after another ({sources}), {size:.2g} GB to keep, and up to "
-        f"{8 * WEIGHT_BYTES / 1e9:.1f} GB more while a run of over a minute lasts."
+        f"{4 * most * WEIGHT_BYTES / 1e9:.1f} GB more for each run while it lasts."
         if rates else ". Nothing is left to run.")
     if (reasons := plan["error"][plan["error"] != ""].unique()).size:
         plan.attrs["summary"] += "\nCan't run: " + "\nCan't run: ".join(reasons[:5])
@@ -4338,7 +4346,8 @@ def _run_in_notebook(cell: Mapping[str, Any]) -> None:
         if (folder / "metrics.json").exists():
             return
     run_notebook(cell["notebook"], folder / "notebook.ipynb",
-                 {name: v for name, v in cell.items() if name not in ("notebook", "token")})
+                 {name: v for name, v in cell.items() if name not in (
+                     "notebook", "keep_subsets", "token")})
     load_run(folder)  # raises if the run isn't done, whatever the notebook says
 
 
@@ -4346,8 +4355,8 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> str | None:
     """Run one cell in this process; return "", why it failed, or None: another process is at it.
     `moment` makes each call another one, for executors that remember results, as Dask's does."""
     if not _one_at_a_time.acquire(blocking=False):
-        return ("Two runs at once in one process would share random state. Give every worker one "
-                "thread (Dask: threads_per_worker=1).")
+        return ("Two runs at once in one process would share random state. Give every worker a "
+                "process of its own and one thread (Dask: threads_per_worker=1).")
     names = "label_fraction", "seed", "study", "runs_dir", "device", "keep_best"
     try:
         if cell["notebook"]:
@@ -4376,28 +4385,34 @@ def _check_workers(executor: Any, workers: Any) -> None:
         raise ValueError("A forked process hangs once PyTorch has computed in this one. Give "
                          'ProcessPoolExecutor(n, multiprocessing.get_context("spawn")), or '
                          "workers=n.")
+    if executor is not None and workers:
+        raise ValueError(f"An executor and workers={workers}: give one of both.")
     if not isinstance(workers, int) or workers < 0:
         raise ValueError(f"workers is {workers!r}; give a number of processes, or 0 for one on "
                          "each GPU.")
 
 
-def _start_worker(threads: int) -> None:
-    """Prepare a local worker: its share of the cores, and an end when the study's process dies."""
+def _start_worker(threads: int, study: connection.Connection) -> None:
+    """Prepare a local worker: its share of the cores, also for kernels that it starts, and an end
+    as soon as the study has stopped or was killed and nothing holds the line any more."""
     torch.set_num_threads(threads)
-    study = multiprocessing.parent_process()  # killed, it can't stop its workers
-    threading.Thread(target=lambda: study.join() or os._exit(1), daemon=True).start()
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    threading.Thread(target=lambda: connection.wait([study]) and os._exit(1), daemon=True).start()
 
 
-def _workers(executor: Executor | None, n: int) -> list[dict[str, Any]]:
-    """Return what runs one cell at a time: a pool (None: this process), its device, and what makes
-    a new one. A local pool is of one process: if that dies, it is known on which cell."""
-    gpus = torch.cuda.device_count()
+def _workers(executor: Executor | None, n: int, devices: set[str]) -> list[dict[str, Any]]:
+    """Return what runs one cell at a time: a pool (None: this process), its device, what makes a
+    new one, and the line that holds it. A local pool is of one process: if that dies, it is known
+    on which cell. `devices` are those that the cells ask for; two names leave the choice open."""
+    gpus = torch.cuda.device_count() if devices & {"auto", "cuda"} else 0
     n = n or max(1, gpus)
     if executor is not None or n == 1:  # of a given one, so many cells are handed over at a time
-        return [{"pool": executor, "device": "auto"}] * (1024 if executor else 1)
-    new = functools.partial(ProcessPoolExecutor, 1, multiprocessing.get_context("spawn"),
-                            _start_worker, (max(1, torch.get_num_threads() // n),))
-    return [{"pool": new(), "device": f"cuda:{k % gpus}" if gpus else "auto", "new": new}
+        return [{"pool": executor, "device": ""}] * (1024 if executor else 1)
+    context = multiprocessing.get_context("spawn")
+    end, line = context.Pipe(duplex=False)
+    new = functools.partial(ProcessPoolExecutor, 1, context, _start_worker,
+                            (max(1, torch.get_num_threads() // n), end))
+    return [{"pool": new(), "device": f"cuda:{k % gpus}" if gpus else "", "new": new, "line": line}
             for k in range(n)]
 
 
@@ -4415,9 +4430,14 @@ def _work_off(
                 waiting, busy = deque(busy), []
             while waiting and free:
                 i, worker = waiting.popleft(), free.pop()
-                here = {"device": worker["device"]} if cells[i]["device"] == "auto" else {}
+                here = {"device": worker["device"]} if (
+                    worker["device"] and cells[i]["device"] in ("auto", "cuda")) else {}
                 submit = worker["pool"].submit if worker["pool"] else _call
-                future = submit(_run_cell, {**cells[i], **here}, time.time_ns())
+                try:
+                    future = submit(_run_cell, {**cells[i], **here}, time.time_ns())
+                except BrokenExecutor as error:  # its process died while nothing was to do
+                    future = Future()
+                    future.set_exception(error)
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
             i, worker = running.pop(future := ended.get())
@@ -4425,11 +4445,13 @@ def _work_off(
                 error = future.result()
             except BrokenExecutor:
                 if "new" not in worker:
-                    raise BrokenExecutor("A worker of the given executor died and broke it. Call "
-                                         "run_study again; workers=n replaces those that die.")
+                    raise BrokenExecutor(
+                        "A worker of the given executor died and broke it. Call run_study again "
+                        "with a new executor, or with workers=n, which replaces those that die.")
                 worker["pool"], deaths[i] = worker["new"](), deaths[i] + 1
                 error = None if deaths[i] < ATTEMPTS else (
-                    f"The worker died {ATTEMPTS} times on this cell: killed, or out of memory?")
+                    f"The worker died {ATTEMPTS} times on this cell: killed, out of memory, or "
+                    'started by a script that lacks `if __name__ == "__main__":`?')
             except Exception as problem:  # of the executor, such as Dask's KilledWorker
                 error = f"{type(problem).__name__}: {problem}"
             free.append(worker)
@@ -4440,8 +4462,10 @@ def _work_off(
     finally:
         for future in running:
             future.cancel()
-        for worker in own:
-            worker["pool"].shutdown(wait=False, cancel_futures=True)
+        for worker in own:  # interrupted, the study leaves no process behind that trains on
+            if running:
+                worker["line"].close()
+            worker["pool"].shutdown(wait=not running, cancel_futures=True)
 
 
 def run_study(
@@ -4461,7 +4485,8 @@ def run_study(
         workers: local processes instead; 0: one for each GPU, on a CPU the cells run in this one.
         progress: "bar", "log" (a line a run), "none", or "auto": a bar where somebody watches.
         fixed: settings that all cells share. With `notebook` (notebooks/03_fine_tune.ipynb)
-            papermill runs each cell, and its run folder keeps the executed notebook.
+            papermill runs each cell, and its run folder keeps the executed notebook. With
+            `keep_subsets` the ids of each label subset are written into the study's `subsets`.
 
     Returns:
         The table of `plan_study`, with `status` as the run folders have it now and `error`.
@@ -4475,11 +4500,15 @@ def run_study(
     cells = _cells(grid, fixed)
     plan = plan_study(cells, executor=executor)
     print(plan.attrs["summary"], flush=True)
+    for cell, error in zip(cells, plan["error"]):
+        if cell["keep_subsets"] and not error:
+            _keep_subset(cell)
     left = plan.index[(plan["status"] != "done") & (plan["error"] == "")]
     work, errors, began, spent = plan["images"], plan["error"].tolist(), time.monotonic(), 0
     shown = Progress(progress, int(work[left].sum()), "study")
     todo = [cells[i] for i in left]
-    for n, (k, error) in enumerate(_work_off(todo, _workers(executor, workers)), start=1):
+    free = _workers(executor, workers, {cell["device"] for cell in todo})
+    for n, (k, error) in enumerate(_work_off(todo, free), start=1):
         errors[left[k]] = error
         spent += work[left[k]]
         shown.bar.update(int(work[left[k]]))
@@ -4489,7 +4518,12 @@ def run_study(
             print(f"{n} of {len(left)}, about {timedelta(seconds=round(rest))} left: "
                   f"{' '.join(str(todo[k][name]) for name in grid)}: {error or 'done'}", flush=True)
     shown.bar.close()
-    return pd.DataFrame(_look(cells)).assign(error=errors)
+    rows = _look(cells)
+    for row, error, cell in zip(rows, errors, cells):
+        row["error"] = error or row["error"] or ("" if row["status"] == "done" else (
+            f"It was run, but {cell['runs_dir']} has no result of it. Workers must see the same "
+            "runs_dir, data_dir and checkpoints_dir as the process that runs the study."))
+    return pd.DataFrame(rows)
 
 
 # =============================================================================

@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import random
 import shutil
 import zipfile
@@ -452,15 +451,6 @@ def test_the_first_rule_ignores_the_seed():
 def test_an_unknown_rule_is_named():
     with pytest.raises(ValueError, match="subset rule 'random' is not known"):
         m.label_subset(LABELS, 0.1, rule="random")
-
-
-def test_a_subset_can_be_saved_and_repeated(tmp_path, phantoms):
-    index = m.label_subset(phantoms.train.labels, 0.25, groups=phantoms.train.groups)
-    m.save_subset(tmp_path / "subsets" / "s.json", phantoms, index, fraction=0.25, seed=0)
-    saved = json.loads((tmp_path / "subsets" / "s.json").read_text())
-    assert saved["ids"] == phantoms.train.ids[index].tolist()
-    assert saved["ids_sha256"] == phantoms.train.take(index).ids_fingerprint
-    assert (saved["dataset"], saved["fraction"]) == ("phantom", 0.25)
 
 
 def test_the_ids_fingerprint_does_not_depend_on_the_image_size(covid_ct):

@@ -1,9 +1,14 @@
 """Studies: a grid becomes run folders, whatever dies, fails or happens at once."""
 
+import functools
 import gc
+import hashlib
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections import Counter
 from concurrent.futures import (
@@ -105,6 +110,20 @@ def test_weights_are_kept_on_request_only(log):
     assert (kept["folder"][0] / "best.safetensors").exists()
 
 
+def test_label_subsets_are_kept_on_request(log):
+    study(log, GRID)
+    folder = log.parent / "runs" / "study" / "subsets"
+    assert not folder.exists()
+    table = study(log, GRID, keep_subsets=True)  # of runs that were done before, too
+    kept = [json.loads(path.read_text()) for path in folder.iterdir()]
+    assert sorted((k["label_fraction"], k["seed"], k["n"]) for k in kept) == [
+        (0.5, 0, 12), (0.5, 1, 12), (1.0, 0, 24), (1.0, 1, 24)]
+    used = {medssl.load_run(run).config["subset_fingerprint"] for run in table["folder"]}
+    assert {k["ids_sha256"] for k in kept} == used
+    assert {hashlib.sha256("\n".join(k["ids"]).encode()).hexdigest() for k in kept} == used
+    assert len(medssl.load_runs(folder.parent)) == 8
+
+
 def test_a_field_of_the_recipe_can_be_varied(log):
     table = study(log, {"lr": [1e-3, 1e-2]})
     assert [medssl.load_run(f).config["lr"] for f in table["folder"]] == [1e-3, 1e-2]
@@ -161,6 +180,29 @@ def test_features_of_a_linear_evaluation_are_counted_once_for_all_fractions_and_
     grid = {"method": ["SparK", "BYOL"], "label_fraction": [0.25, 1.0], "seed": [0, 1, 2]}
     table = plan(log, grid, recipe="linear")
     assert table.groupby("method")["images"].sum().between(24 + 12 + 16, 24 + 12 + 16 + 6).all()
+
+
+def test_features_that_a_finished_run_computed_are_not_charged_to_those_that_are_left(log):
+    """The first run of a linear evaluation costs more than all others together."""
+    grid = {"seed": [0, 1, 2, 3]}
+    before = plan(log, grid, recipe="linear", epochs=50)
+    assert list(before["images"]) == [24 + 12 + 16, 1, 1, 1]
+    study(log, {"seed": [0]}, recipe="linear", epochs=50)
+    after = plan(log, grid, recipe="linear", epochs=50)
+    assert list(after["images"]) == [24 + 12 + 16, 24 + 12 + 16, 1, 1]  # a new call, once more
+
+
+def test_a_run_that_was_interrupted_does_not_look_quick(log):
+    folder, = study(log, {"seed": [0]})["folder"]
+    rows = medssl.pd.read_csv(folder / "history.csv").assign(seconds=[1000.0, 1.0])
+    rows.to_csv(folder / "history.csv", index=False)  # its end alone took a moment
+    assert plan(log, {"seed": [0, 1]})["seconds"][1] == pytest.approx(1001)
+
+
+def test_resume_files_of_several_learning_rates_are_in_the_gigabytes(log):
+    assert "up to 0.8 GB more" in plan(log).attrs["summary"]
+    summary = plan(log, lr_candidates=(1e-4, 1e-3, 1e-2)).attrs["summary"]
+    assert "up to 1.5 GB more for each run" in summary  # a file a rate, and one being renewed
 
 
 def test_the_plan_names_a_share_of_labels_that_cannot_be(log):
@@ -224,6 +266,7 @@ def test_one_bar_shows_what_is_left(log, capsys):
     (None, {}, "The grid is None; give a dict of lists"),
     ({"seed": [0]}, {"workers": -1}, "workers is -1; give a number of processes"),
     ({"seed": [0]}, {"executor": "cluster"}, "The executor is 'cluster'; give one of"),
+    ({"seed": [0]}, {"executor": Executor(), "workers": 4}, "An executor and workers=4: give one"),
 ])
 def test_a_grid_that_cannot_be_meant_is_refused(log, grid, settings, words):
     with pytest.raises(ValueError, match=words):
@@ -309,7 +352,7 @@ def test_a_cell_that_kills_its_workers_is_given_up(log, monkeypatch):
     mark(log, "kill", "SparK", "0!")
     table = study(log, {"seed": [0]}, workers=2)
     assert list(table["status"]) == ["unfinished"]
-    assert table["error"][0] == "The worker died 2 times on this cell: killed, or out of memory?"
+    assert table["error"][0].startswith("The worker died 2 times on this cell: killed, out of mem")
 
 
 @pytest.mark.slow
@@ -325,7 +368,8 @@ def test_each_gpu_gets_a_worker_of_its_own(log, monkeypatch):
 
 def test_more_workers_than_gpus_share_them(monkeypatch):
     monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
-    assert [w["device"] for w in medssl._workers(None, 3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    workers = medssl._workers(None, 3, {"auto"})
+    assert [w["device"] for w in workers] == ["cuda:0", "cuda:1", "cuda:0"]
 
 
 def test_a_device_that_was_asked_for_is_kept(monkeypatch):
@@ -336,13 +380,90 @@ def test_a_device_that_was_asked_for_is_kept(monkeypatch):
     assert given == ["cuda:7", "cuda:0"]
 
 
+@pytest.mark.parametrize("asked, given", [
+    ("auto", ["cuda:0", "cuda:1"]), ("cuda", ["cuda:0", "cuda:1"]), ("cuda:1", [""]), ("cpu", [""]),
+])
+def test_one_worker_a_gpu_unless_another_device_was_asked_for(monkeypatch, asked, given):
+    """Else "cuda" would put all of them on the first GPU."""
+    monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(medssl, "_run_cell", lambda cell, _: ran.append(cell["device"]) or "")
+    ran, workers = [], medssl._workers(None, 0, {asked})
+    assert [worker["device"] for worker in workers] == given
+    here = [{"pool": None, "device": worker["device"]} for worker in workers]
+    list(medssl._work_off([{"device": asked}], here))
+    assert ran == [given[-1] or asked]
+
+
+def test_a_cluster_without_gpus_does_not_pass_for_one(monkeypatch):
+    """Of a given executor nothing is known: "cuda" stays, and a worker without one refuses."""
+    monkeypatch.setattr(medssl, "_run_cell", lambda cell, _: cell["device"])
+    worker = {"pool": Remembering(), "device": ""}
+    assert list(medssl._work_off([{"device": "cuda"}], [worker])) == [(0, "cuda")]
+
+
+def test_a_result_that_lies_elsewhere_is_not_called_done(log, monkeypatch):
+    """Workers of another machine wrote into a folder of their own."""
+    monkeypatch.setattr(medssl, "_run_cell", lambda cell, _: "")
+    table = study(log, {"seed": [0]})
+    assert table["status"][0] == "to do" and "must see the same runs_dir" in table["error"][0]
+
+
+@pytest.mark.slow
+def test_a_worker_has_its_share_of_the_cores_and_so_have_its_kernels():
+    threads = max(1, medssl.torch.get_num_threads() // 2)
+    worker, _ = medssl._workers(None, 2, {"auto"})
+    with worker["pool"] as pool:
+        assert pool.submit(os.getenv, "OMP_NUM_THREADS").result() == str(threads)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_while_idle_is_replaced(log):
+    workers = medssl._workers(None, 2, {"cpu"})[:1]
+    os.kill(workers[0]["pool"].submit(os.getpid).result(), signal.SIGKILL)
+    with pytest.raises(BrokenExecutor):
+        while workers[0]["pool"].submit(os.getpid).result():
+            time.sleep(0.01)
+    cells = medssl._cells({"seed": [0]}, {**TINY, "runs_dir": log.parent / "runs", "data_dir": log})
+    assert list(medssl._work_off(cells, workers)) == [(0, "")]
+
+
+STUDY_TO_STOP = """
+import sys
+sys.path[:0] = [{here!r}, {root!r}]
+import medssl_utils as medssl, tiny_study, test_study
+if __name__ == "__main__":
+    tiny_study.install()
+    medssl._run_cell = tiny_study.run_cell
+    test_study.study(medssl.Path(sys.argv[1]), {{"seed": [0]}}, workers=2)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no signal of this kind there")
+def test_an_interrupted_study_leaves_no_worker_that_trains_on(log):
+    """Also where the signal reaches the study's process alone, not its workers."""
+    mark(log, "hang", "SparK", 0)
+    script = log.parent / "study.py"
+    script.write_text(STUDY_TO_STOP.format(here=str(HERE), root=str(HERE.parent)))
+    with subprocess.Popen([sys.executable, script, log], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as run:
+        while (log / "hang_SparK_s0").exists():
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.1)
+        run.send_signal(signal.SIGINT)
+        out, errors = run.communicate(timeout=60)  # the pipes end with the last who holds them
+    assert errors.count("KeyboardInterrupt") == 1 and "1 to do" in out
+    assert list(study(log, {"seed": [0]})["status"]) == ["done"]
+    assert len(notes(log, "epochs")) == 2 and times_done(log) == {1}
+
+
 @pytest.mark.slow
 def test_workers_end_with_the_study_that_was_killed():
     """Else they would hold their memory, of a GPU too, until somebody finds them."""
     script = (f"import sys, os; sys.path.insert(0, {str(HERE.parent)!r})\n"
               "import medssl_utils as medssl\n"
               "if __name__ == '__main__':\n"
-              "    first, second = medssl._workers(None, 2)\n"
+              "    first, second = medssl._workers(None, 2, {'auto'})\n"
               "    print(*[w['pool'].submit(os.getpid).result() for w in (first, second)])\n"
               "    os.kill(os.getpid(), 9)\n")
     # the pipe ends with the last process that holds it
@@ -355,8 +476,9 @@ def test_workers_end_with_the_study_that_was_killed():
 def test_a_given_pool_that_breaks_says_what_to_do_and_loses_nothing(log):
     mark(log, "kill", "SparK", 1)
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        with pytest.raises(BrokenExecutor, match="Call run_study again"):
-            study(log, {"seed": [0, 1]}, executor=pool)
+        for _ in range(2):  # the second finds it broken already
+            with pytest.raises(BrokenExecutor, match="Call run_study again with a new executor"):
+                study(log, {"seed": [0, 1]}, executor=pool)
     assert list(plan(log, {"seed": [0, 1]})["status"]) == ["done", "unfinished"]
     study(log, {"seed": [0, 1]})
     assert len(notes(log, "epochs")) == 2 * 2 and times_done(log) == {1}
@@ -423,6 +545,8 @@ cell = dict(method=method, weights=weights, dataset=dataset, recipe=recipe, data
             image_size=image_size, epochs=epochs, batch_size=batch_size, token=0, notebook="")
 tiny_study.RUNNING.update(cell)
 tiny_study.install()
+"""
+CELL_THAT_TRAINS = """
 config, data = medssl._cell_data(cell)
 medssl.fine_tune(*medssl._cell_backbone(cell), data, config, label_fraction=label_fraction,
                  seed=seed, study=study, runs_dir=runs_dir, keep_best=keep_best)
@@ -431,24 +555,33 @@ medssl.fine_tune(*medssl._cell_backbone(cell), data, config, label_fraction=labe
 
 @pytest.fixture
 def notebook(tmp_path):
-    names = [*medssl.ASKED, *medssl.WHERE, "image_size", "epochs", "batch_size"]
-    names.remove("notebook")
+    names = {*medssl.ASKED, *medssl.WHERE, "image_size", "epochs", "batch_size"}
+    names -= {"notebook", "keep_subsets"}
     parameters = nbformat.v4.new_code_cell("\n".join(f"{n} = None" for n in names))
     parameters.metadata["tags"] = ["parameters"]
-    code = nbformat.v4.new_code_cell(CELL.format(here=str(HERE), root=str(HERE.parent)))
-    made = nbformat.v4.new_notebook(cells=[parameters, code], metadata={
+    code = [CELL.format(here=str(HERE), root=str(HERE.parent)), CELL_THAT_TRAINS]
+    cells = [parameters, *map(nbformat.v4.new_code_cell, code)]
+    made = nbformat.v4.new_notebook(cells=cells, metadata={
         "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
     nbformat.write(made, tmp_path / "03_tiny.ipynb")
     return tmp_path / "03_tiny.ipynb"
 
 
 @pytest.mark.slow
-def test_a_killed_kernel_leaves_an_unfinished_run_that_is_done_by_the_next_call(log, notebook):
-    """T5, with a real kernel that is killed in its second epoch."""
-    mark(log, "kill", "SparK", 0)
-    table = study(log, {"seed": [0]}, notebook=notebook)
+@pytest.mark.parametrize("what, kind", [
+    ("kill", "DeadKernelError"), ("interrupt", "KeyboardInterrupt"), ("hang", "CellTimeoutError"),
+])
+def test_a_stopped_kernel_leaves_an_unfinished_run_that_the_next_call_ends(
+        log, notebook, monkeypatch, what, kind):
+    """T5, with a real kernel that is stopped in its second epoch, by papermill where it hangs."""
+    mark(log, what, "SparK", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(papermill, "execute_notebook", functools.partial(
+            papermill.execute_notebook,
+            timeout_func=lambda cell: 10 if cell.source == CELL_THAT_TRAINS else None))
+        table = study(log, {"seed": [0]}, notebook=notebook)
     assert list(table["status"]) == ["unfinished"]
-    assert table["error"][0].startswith("DeadKernelError")
+    assert table["error"][0].startswith(kind)
     assert list(medssl.load_runs(log.parent / "runs")["status"]) == ["unfinished"]
     again = study(log, {"seed": [0]}, notebook=notebook)
     assert list(again["status"]) == ["done"] and list(again["error"]) == [""]
@@ -456,20 +589,12 @@ def test_a_killed_kernel_leaves_an_unfinished_run_that_is_done_by_the_next_call(
     assert (again["folder"][0] / "notebook.ipynb").exists()
 
 
-@pytest.mark.parametrize("end, kind", [
-    (TimeoutError("cell 3 took too long"), "TimeoutError"),
-    (papermill.PapermillExecutionError(3, 3, "", "KeyboardInterrupt", "", []), "KeyboardInterrupt"),
-    (None, "FileNotFoundError"),
-])
-def test_only_the_run_folder_says_that_a_notebook_is_done(log, notebook, monkeypatch, end, kind):
-    """T5: it timed out, was interrupted, or ended well and yet left no result."""
-    def execute(*args, **options):
-        if end:
-            raise end
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
+def test_only_the_run_folder_says_that_a_notebook_is_done(log, notebook, monkeypatch):
+    """T5: the notebook ended well and yet left no result."""
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *args, **options: None)
     table = study(log, {"seed": [0]}, notebook=notebook)
-    assert list(table["status"]) == ["to do"] and table["error"][0].startswith(kind)
+    assert list(table["status"]) == ["to do"]
+    assert table["error"][0].startswith("FileNotFoundError")
 
 
 def test_a_run_that_another_process_writes_starts_no_kernel(log, notebook):
@@ -493,6 +618,9 @@ def test_a_folder_is_named_as_seen_from_here_and_found_from_elsewhere(tmp_path, 
         (tmp_path / name).mkdir()
     cells = medssl._cells({"dataset": ["mine", "phantom", "not there"]}, {})
     assert [cell["dataset"] for cell in cells] == [str(tmp_path / "mine"), "not there", "phantom"]
+    cell, = medssl._cells({"runs_dir": ["mine"], "dataset": ["mine"]}, {"data_dir": "here"})
+    assert [cell[n] for n in ("runs_dir", "dataset", "data_dir", "checkpoints_dir")] == [
+        str(tmp_path / n) for n in ("mine", "mine", "here", "checkpoints")]
 
 
 class Remembering(Executor):

@@ -19,6 +19,11 @@ REAL = {name: getattr(medssl, name) for name in (
     "_run_cell", "_time_steps", "fine_tune", "train_one_epoch")}
 RUNNING: dict = {}  # the cell that this process is at
 
+# What can stop a process before its second epoch.
+STOPS = {"kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+         "interrupt": lambda: os.kill(os.getpid(), signal.SIGINT),
+         "hang": lambda: time.sleep(600)}
+
 # Settings that all tests share: two epochs of three steps.
 TINY = {"dataset": "toy", "image_size": SIZE, "epochs": 2, "batch_size": 8}
 
@@ -69,11 +74,12 @@ def add_head(model, n_classes, seed):
 
 
 def train_one_epoch(*args, epoch, seed, **options):
-    """One epoch, noted at its end; on demand it fails, or its process dies before it."""
+    """One epoch, noted at its end; on demand it fails, or its process is stopped before it."""
     if "method" not in RUNNING:  # while steps are timed
         return REAL["train_one_epoch"](*args, epoch=epoch, seed=seed, **options)
-    if epoch == 1 and marked("kill"):
-        os.kill(os.getpid(), signal.SIGKILL)
+    for kind, stop in STOPS.items():
+        if epoch == 1 and marked(kind):
+            stop()
     if marked("fail"):
         raise medssl.TrainingError("the loss went up the wall")
     time.sleep(0.02)  # so that two studies meet
