@@ -4291,7 +4291,7 @@ def plan_study(
         A row a cell, in the order of running: what is asked for, `status` ("done", "unfinished",
         "to do"), `error` (why it can't run), `folder` (where begun), `n_train` and `images` (the
         work, in training images), `seconds` and `gigabytes` (left to spend), all about.
-        `attrs["summary"]` says it in two sentences, with the source of the rate, and then why
+        `attrs["summary"]` says it in two lines, with the source of the rate, and then why
         some can't run (the first five reasons).
     """
     cells = grid if isinstance(grid, list) else _cells(grid, fixed)
@@ -4312,8 +4312,8 @@ def plan_study(
     sources = ", ".join(sorted({source for _, source in rates.values()}))
     plan.attrs["summary"] = ", ".join([f"Runs: {len(rows)} in all", *(
         f"{n} {state}" for state, n in states.items())]) + (
-        f". Left: {hours} one after another ({sources}), {size:.2g} GB to keep, and up to "
-        f"{4 * most * WEIGHT_BYTES / 1e9:.1f} GB more for each run while it lasts."
+        f".\nLeft: {hours} one after another ({sources}); {size:.2g} GB to keep, up to "
+        f"{4 * most * WEIGHT_BYTES / 1e9:.1f} GB more for each run at work."
         if rates else ". Nothing is left to run.")
     if (reasons := plan["error"][plan["error"] != ""].unique()).size:
         plan.attrs["summary"] += "\nCan't run: " + "\nCan't run: ".join(reasons[:5])

@@ -242,8 +242,8 @@ def test_planning_writes_nothing(log):
 def test_running_prints_the_plan_first_and_then_a_line_a_run(log, capsys):
     study(log, {"seed": [0, 1]}, progress="log")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("Runs: 2 in all, 2 to do. Left: 0:00:0")
-    assert lines[1].startswith("1 of 2, about") and lines[1].endswith("left: 0: done")
+    assert lines[0] == "Runs: 2 in all, 2 to do." and lines[1].startswith("Left: 0:00:0")
+    assert lines[2].startswith("1 of 2, about") and lines[2].endswith("left: 0: done")
 
 
 def test_one_bar_shows_what_is_left(log, capsys):

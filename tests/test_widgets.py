@@ -110,7 +110,8 @@ def explorer(tmp_path_factory):
     defaults = {}
     exec(cells[0], defaults)
     return run_cells("05_compare_results", "import medssl_utils", "def choose(", "runs = choose(",
-                     "def draw_curves(", "def view(", "explorer =", **{n: defaults[n] for n in wanted}, **scope)
+                     "def say(", "def draw_curves(", "def view(", "explorer =",
+                     **{n: defaults[n] for n in wanted}, **scope)
 
 
 @pytest.mark.parametrize("name, value", [
