@@ -2230,7 +2230,7 @@ def _read_nifti(path: Path, options: ReadOptions) -> _Reading:
 
     volume = nibabel.load(path)
     turns = nibabel.io_orientation(volume.affine)                    # (3, 2): patient's axis, sign
-    if len(volume.shape) != 3 or np.isnan(turns).any():
+    if len(volume.shape) < 3 or math.prod(volume.shape[3:]) != 1 or np.isnan(turns).any():
         raise ValueError(f"its shape is {volume.shape}, expected one volume of three dimensions, "
                          f"each with a direction of its own")
     if volume.get_data_dtype().kind not in "iuf":
@@ -2240,7 +2240,8 @@ def _read_nifti(path: Path, options: ReadOptions) -> _Reading:
     count = sides.pop(plane)
     yield {"kind": "NIfTI", "mode": str(volume.get_data_dtype()), "width": sides[0],
            "height": sides[1], "count": count, "deep": True}
-    whole = nibabel.apply_orientation(volume.dataobj.get_unscaled(), turns)          # a view
+    whole = volume.dataobj.get_unscaled().reshape(volume.shape[:3])  # without a fourth axis of 1
+    whole = nibabel.apply_orientation(whole, turns)                  # a view
     for number in _chosen(count, options.slices):
         values = whole.take(number, plane) * volume.dataobj.slope + volume.dataobj.inter
         yield number, _scaled(values[::-1, ::-1].T, options, True)   # right on the left, top up
@@ -3512,6 +3513,8 @@ def fine_tune(
                 net, data.train.take(subset), data.val, config, prep, seed, folder, shown)
         shown.bar.close()
         trained, best = time.perf_counter(), _best_row(config, history)
+        # of a run that was interrupted, the epochs before that count too
+        spent = max(trained - began, sum(row["seconds"] for row in history))
         results = {part: evaluate(last, getattr(seen, part), look) for part in ("val", "test")}
         if keep_best:
             _save_weights(folder / "best.safetensors", net.state_dict())
@@ -3526,8 +3529,8 @@ def fine_tune(
             "lr": history[best].get("lr_candidate", config.lr), "lr_not_finite": sorted(
                 {*config.lr_candidates} - {row.get("lr_candidate") for row in history}),
             "val": results["val"][1],
-            "best_epoch": best, "train_seconds": trained - began,
-            "seconds": time.perf_counter() - began, "memory_gb": _peak_memory(where),
+            "best_epoch": best, "train_seconds": spent,
+            "seconds": spent + time.perf_counter() - trained, "memory_gb": _peak_memory(where),
             "mean": prep.mean, "std": prep.std,
         })
         for resume in folder.glob("last*.pt"):
@@ -4269,9 +4272,7 @@ def _rate(
     done: Sequence[Mapping[str, Any]], cell: Mapping[str, Any], executor: Executor | None,
 ) -> tuple[float, str]:
     """Return seconds per image, of finished runs or timed, and which of both."""
-    spent = [max(json.loads((row["folder"] / "metrics.json").read_text())["seconds"],
-                 pd.read_csv(row["folder"] / "history.csv")["seconds"].sum())  # of a resumed run
-             for row in done]
+    spent = [_read_json(row["folder"] / "metrics.json")["seconds"] for row in done]
     if done:
         return sum(spent) / sum(row["images"] for row in done), f"rate of {len(done)} finished"
     try:

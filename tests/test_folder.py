@@ -943,6 +943,14 @@ def test_volumes_of_the_same_name_in_two_folders_are_two_patients(tmp_path):
     assert not set(here) & set(there)
 
 
+def test_a_nifti_volume_with_a_fourth_axis_of_length_1_is_a_volume(folder, read):
+    values = np.arange(64, dtype=np.int16).reshape(4, 4, 4)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "a.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(values[..., None], np.eye(4)), folder / "b.nii.gz")
+    found = read(slices="all")
+    assert len(found.images) == 8 and np.array_equal(found.images[:4], found.images[4:])
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4, 2)])
 def test_nifti_that_is_no_volume_is_refused(folder, read, shape):
     nibabel.save(nibabel.Nifti1Image(np.zeros(shape, np.int16), np.eye(4)), folder / "a.nii")

@@ -192,13 +192,6 @@ def test_features_that_a_finished_run_computed_are_not_charged_to_those_that_are
     assert list(after["images"]) == [24 + 12 + 16, 24 + 12 + 16, 1, 1]  # a new call, once more
 
 
-def test_a_run_that_was_interrupted_does_not_look_quick(log):
-    folder, = study(log, {"seed": [0]})["folder"]
-    rows = medssl.pd.read_csv(folder / "history.csv").assign(seconds=[1000.0, 1.0])
-    rows.to_csv(folder / "history.csv", index=False)  # its end alone took a moment
-    assert plan(log, {"seed": [0, 1]})["seconds"][1] == pytest.approx(1001)
-
-
 def test_resume_files_of_several_learning_rates_are_in_the_gigabytes(log):
     assert "up to 0.8 GB more" in plan(log).attrs["summary"]
     summary = plan(log, lr_candidates=(1e-4, 1e-3, 1e-2)).attrs["summary"]

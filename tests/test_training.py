@@ -931,6 +931,26 @@ def test_interrupt_says_how_to_go_on(backbone, toy, tmp_path, monkeypatch, capsy
     assert np.array_equal(again.predictions["scores"], whole.predictions["scores"])
 
 
+def test_a_run_that_was_interrupted_counts_the_time_of_all_its_epochs(
+        backbone, toy, tmp_path, monkeypatch):
+    whole, save = run_quick(backbone, toy, tmp_path / "whole"), torch.save
+
+    def interrupted(state, path):
+        for row in state["history"]:
+            row["seconds"] = 1000.0
+        save(state, path)
+        path.replace(path.parent / "last.pt")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(medssl, "RESUME_SECONDS", 0.0)
+        patch.setattr(torch, "save", interrupted)
+        run_quick(backbone, toy, tmp_path / "a")
+    again = run_quick(backbone, toy, tmp_path / "a")
+    assert whole.metrics["seconds"] < 1000 < again.metrics["train_seconds"]
+    assert again.metrics["seconds"] > again.metrics["train_seconds"]
+
+
 def test_two_processes_never_write_one_folder(backbone, toy, tmp_path):
     run = run_quick(backbone, toy, tmp_path)
     (run.folder / "metrics.json").unlink()
