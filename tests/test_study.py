@@ -345,7 +345,9 @@ def test_a_cell_that_kills_its_workers_is_given_up(log, monkeypatch):
     mark(log, "kill", "SparK", "0!")
     table = study(log, {"seed": [0]}, workers=2)
     assert list(table["status"]) == ["unfinished"]
-    assert table["error"][0].startswith("The worker died 2 times on this cell: killed, out of mem")
+    assert table["error"][0] == (
+        "The worker died 2 times on this cell: killed, out of memory, or started by a script that "
+        'lacks `if __name__ == "__main__":`?')
 
 
 @pytest.mark.slow
