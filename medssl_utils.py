@@ -2540,7 +2540,7 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
         if abs(mean - centre) > spread:
             report.warnings.append(f"train has a mean intensity of {mean:.2f}, {whose} has "
                                    f"{centre:.2f} +- {spread:.2f}.")
-    report.tables["intensity"] = pd.DataFrame(rows).T.round(3)
+    report.tables["intensity"] = pd.DataFrame(rows).T.round(3) + 0.0        # no -0.000
 
 
 def _list_images(data: DataSplits) -> pd.DataFrame:

@@ -81,6 +81,7 @@ def test_an_unreadable_new_file_is_named_and_the_rest_predicted(folder, said):
     table = pd.read_csv(folder / "new_files.csv")
     assert table["id"].tolist() == ["0.png", "1.png", "2.png"]
     assert table[["clear", "hazy"]].sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-5)
+    assert table["stamp"].tolist() == ["DEMO"] * 3
 
 
 def test_scores_elsewhere_and_per_patient_come_with_intervals(said):
