@@ -1,15 +1,17 @@
 """Seconds and memory to load a checkpoint of true size: ours, and the authors' README snippet.
 
-    python bench/load.py                     all four methods, two minutes on two cores
+    python bench/load.py                     all four methods, eight minutes on two cores
     python bench/load.py --methods BYOL      one of them
     python bench/load.py --alone             on a shared machine: a time counts only if nothing else
-                                             used the processor meanwhile (Linux)
+                                             used the processor meanwhile (Linux; warm loads)
 
-The files hold random numbers in the names, shapes and dtypes of the published ones. Each time is
-the median of interleaved rounds in one warm process, from the call until every weight was read
-once; CPU is the processor time of all its threads meanwhile. A ratio is the median of the rounds'
-own ratios, so that what a neighbour slows down counts on both sides. Memory is the peak of a fresh
-process beyond what it held after its imports; pages of a mapped file count.
+The files hold random numbers in the names, shapes and dtypes of the published ones; they lie in the
+page cache. Each time is from the call until every weight was read once. "First" is the first load
+of a fresh process after its imports, as in a notebook or a script: memory is new, and what is made
+once is made. "Warm" is any later load in one process. Both are the median of interleaved rounds,
+and a ratio is the median of the rounds' own ratios, so that what a neighbour slows down counts on
+both sides. CPU is the processor time of all threads meanwhile (warm). Memory is the peak of the
+fresh process beyond what it held after its imports; pages of a mapped file count.
 """
 
 from __future__ import annotations
@@ -156,16 +158,17 @@ def processor_ticks() -> tuple[int, int]:
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
-def megabytes(way: str, method: str, path: Path) -> float:
-    """Peak memory of a fresh process that loads the file once, beyond its imports, in MiB."""
-    command = [sys.executable, __file__, "--memory", way, method, str(path)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+def first(way: str, method: str, path: Path) -> tuple[float, float]:
+    """(seconds, peak memory in MiB beyond its imports) of a fresh process that loads the file."""
+    command = [sys.executable, __file__, "--first", way, method, str(path)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return tuple(json.loads(done.stdout))
 
 
-def print_memory(way: str, method: str, path: str) -> None:
+def print_first(way: str, method: str, path: str) -> None:
     before = resident("VmRSS")
-    read_every_weight(WAYS[way](method, Path(path)))
-    print((resident("VmHWM") - before) / 1024)
+    taken, _ = seconds(way, method, Path(path))
+    print(json.dumps([taken, (resident("VmHWM") - before) / 1024]))
 
 
 def resident(field: str) -> float:
@@ -184,21 +187,29 @@ def measure(method: str, path: Path, rounds: int, timed: Callable) -> list[str]:
     ours(True)(method, path)  # writes the cache
     for way in WAYS:
         seconds(way, method, path)  # warms the page cache and the code
-    rounds_of = {way: [] for way in WAYS}
+    warm, fresh = {way: [] for way in WAYS}, {way: [] for way in WAYS}
     for _ in range(rounds):
         for way in WAYS:
-            rounds_of[way].append(timed(way, method, path))
+            warm[way].append(timed(way, method, path))
+    for _ in range(rounds):
+        for way in WAYS:
+            fresh[way].append(first(way, method, path))
     rows = []
     for way in WAYS:
-        walls, works = zip(*rounds_of[way])
-        ratio = statistics.median(
-            base / wall for (base, _), wall in zip(rounds_of["README snippet"], walls))
-        goal = f"≥ {GOALS[way]:g}" if way in GOALS else ""
-        rows.append(
-            f"| {method} | {way} | {statistics.median(walls) * 1e3:.0f} | {min(walls) * 1e3:.0f}–"
-            f"{max(walls) * 1e3:.0f} | {statistics.median(works) * 1e3:.0f} | {ratio:.2f} | {goal} "
-            f"| {megabytes(way, method, path):.0f} |")
+        times, ratios = zip(*(summary(taken, way) for taken in (fresh, warm)))
+        rows.append(" | ".join([
+            f"| {method}", way, *times, f"{statistics.median(c for _, c in warm[way]) * 1e3:.0f}",
+            *ratios, f"≥ {GOALS[way]:g}" if way in GOALS else "",
+            f"{max(mib for _, mib in fresh[way]):.0f} |"]))
     return rows
+
+
+def summary(taken: dict[str, list[tuple[float, float]]], way: str) -> tuple[str, str]:
+    """(median and range of a way's times in ms, how many times as fast as the snippet)."""
+    walls, base = ([wall for wall, _ in taken[name]] for name in (way, "README snippet"))
+    ratio = statistics.median(slow / wall for slow, wall in zip(base, walls))
+    return (f"{statistics.median(walls) * 1e3:.0f} ({min(walls) * 1e3:.0f}–"
+            f"{max(walls) * 1e3:.0f})", f"{ratio:.2f}")
 
 
 def main() -> None:
@@ -206,18 +217,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--alone", action="store_true")
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--first", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.memory:
-        print_memory(*options.memory)
+    if options.first:
+        print_first(*options.first)
         return
     print(f"{processor()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
           f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
           f"median of {options.rounds}{', alone on the machine' * options.alone}, load "
           f"{' '.join(f'{n:.1f}' for n in getattr(os, 'getloadavg', tuple)())}\n")
     timed = seconds_alone if options.alone else seconds
-    print("| file | way | ms | range | CPU ms | faster than the snippet | goal | peak MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| file | way | first, ms (range) | warm, ms (range) | CPU ms | first: times as fast as the "
+          "snippet | warm | goal | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for method in options.methods:
         with tempfile.TemporaryDirectory() as folder:
             path = write_file(method, Path(folder))
