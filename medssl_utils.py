@@ -201,6 +201,7 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 }
 METHODS = tuple(CHECKPOINTS)
 CONTROLS = ("random", "ImageNet")
+STAND_IN_MARK = "medssl_stand_in"  # a key of a stand-in's wrapper that no published file has
 
 
 def download_checkpoint(
@@ -288,18 +289,22 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
             f"{listing} is not a list of checksums ({error}): restore it or delete it.") from error
 
 
-def _record_checksum(path: Path, sha256: str, allow_extra: tuple[str, ...] = ()) -> None:
-    """Add a file to checksums.json beside it; what is listed there stays as it is.
+def _record_checksum(
+    path: Path, sha256: str, allow_extra: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Add a file to checksums.json beside it unless it is listed; return the entry that holds.
     A folder that cannot be written to only gives a warning: its files can still be used."""
     listing = path.with_name("checksums.json")
+    entry = {"sha256": sha256, "size": path.stat().st_size, "allow_extra": allow_extra}
     try:
         with FileLock(path.with_name(".checksums.json.lock")), _atomic(listing) as temporary:
-            entry = {"sha256": sha256, "size": path.stat().st_size, "allow_extra": allow_extra}
             entries = {path.name: entry} | _checksums(path.parent)
             temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        return entries[path.name]
     except OSError as error:
         warnings.warn(f"The checksum of {path} could not be recorded ({error}): a later change "
                       "of the file will go unnoticed.", stacklevel=2)
+        return entry
 
 
 def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
@@ -320,9 +325,7 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
                     f"{replaced * ('size' in expected)}")
     elif kind == "zip":
         try:
-            records = _zip_records(path)
-            _zip_root(records)
-            _read_records(path, records, keep={})
+            _read_records(path, _zip_records(path)[1])
         except CheckpointError as error:
             return str(error)
     return None
@@ -376,7 +379,7 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> None:
         have = part.stat().st_size if known["url"] == url and known["validator"] else 0
     if have and have == known["size"]:  # killed between the last byte and the rename
         return
-    with _open(url, have, known, timeout) as response:
+    with _request(url, have, known, timeout) as response:
         start, origin = _origin(response, url)
         chunk = response.raw.read1(1 << 20)
         if start == 0 and _what(chunk).startswith("a web page"):
@@ -404,7 +407,9 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> None:
         raise requests.ConnectionError(f"{url} ended before its {origin['size']:,} bytes")
 
 
-def _open(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requests.Response:
+def _request(
+    url: str, have: int, known: Mapping[str, Any], timeout: float,
+) -> requests.Response:
     """Ask for `url` from byte `have` on, through Drive's page about large files if it comes."""
     from gdown.download import get_url_from_gdrive_confirmation
     from gdown.parse_url import is_google_drive_url
@@ -505,9 +510,10 @@ class _Stored:
                 raise ValueError(f"{what} leaves gaps or overlaps itself")
             dense *= length
 
-    def view(self, data: torch.Tensor) -> torch.Tensor:
+    def view(self, data: np.ndarray) -> torch.Tensor:
         """Return this tensor as a view of its record's bytes (uint8, 1-D)."""
-        return data.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+        return torch.from_numpy(data).view(self.dtype).as_strided(
+            self.shape, self.stride, self.offset)
 
 
 class _Dict(dict):
@@ -705,13 +711,11 @@ def _what(start: bytes) -> str:
 
 def _open_zip(path: Path, allow_extra: Sequence[str]) -> _Opened:
     """Open what torch.save writes since PyTorch 1.6: a pickle and uncompressed records."""
-    records = _zip_records(path)
-    root = _zip_root(records)
+    root, records = _zip_records(path)
     places = {name: records.get(root + name, (0, 0, 0)) for name in ("data.pkl", "byteorder")}
     if (largest := max(size for _, size, _ in places.values())) > MAX_PICKLE_BYTES:
         raise CheckpointError(f"its pickle has {largest:,} bytes, more than any weight file's")
-    small = {name: np.empty(size, np.uint8) for name, (_, size, _) in places.items()}
-    _read_records(path, places, small)
+    small = _read_records(path, places, keep=places)
     if (order := small["byteorder"].tobytes()) not in (b"", b"little"):
         raise CheckpointError(f"its byte order is {order[:20]!r}; only little-endian can be read")
     reader = _PickleReader(io.BytesIO(small["data.pkl"]), allow_extra, f"{root}data/")
@@ -724,17 +728,9 @@ def _open_zip(path: Path, allow_extra: Sequence[str]) -> _Opened:
     return top, records, reader.names
 
 
-def _zip_root(records: Iterable[str]) -> str:
-    """Return what a checkpoint's records begin with; raise if it is another kind of archive."""
-    pickles = [record for record in records if record.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
-                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
-    return pickles[0].removesuffix("data.pkl")
-
-
-def _zip_records(path: Path) -> dict[str, _Place]:
-    """List a zip's records after checking that each lies where the directory says."""
+def _zip_records(path: Path) -> tuple[str, dict[str, _Place]]:
+    """List a zip's records after checking that each lies where the directory says; return what
+    the names of a checkpoint's begin with, too."""
     records, size = {}, path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(size - 98, 0))
@@ -771,17 +767,22 @@ def _zip_records(path: Path) -> dict[str, _Place]:
             records[name] = (file.tell() + extra_bytes, info.file_size, info.CRC)
     if sum(length for _, length, _ in records.values()) > size:
         raise CheckpointError("its records overlap or reach beyond the end of the file")
-    return records
+    roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise CheckpointError(f"it is a zip archive with {len(roots)} data.pkl instead of 1, not "
+                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
+    return roots[0], records
 
 
 def _read_records(
-    path: Path, records: Mapping[str, _Place], keep: Mapping[str, np.ndarray],
-) -> None:
-    """Read records and check their CRC; those that `keep` has a buffer for stay in it."""
+    path: Path, records: Mapping[str, _Place], keep: Iterable[str] = (),
+) -> dict[str, np.ndarray]:
+    """Read all `records` and check their CRC; return the bytes of those to `keep` (uint8)."""
     scratch = np.empty(1 << 20, np.uint8)
+    kept = {name: np.empty(records[name][1], np.uint8) for name in keep}
     with open(path, "rb") as file:
         for name, (first, size, expected) in records.items():
-            buffer, crc = keep.get(name, scratch), 0
+            buffer, crc = kept.get(name, scratch), 0
             file.seek(first)
             for start in range(0, size, max(len(buffer), 1)):
                 part = buffer[: size - start]
@@ -791,6 +792,7 @@ def _read_records(
             if expected not in (None, crc):
                 raise CheckpointError(f"its record {name} is damaged (CRC-32 {crc:08x}, "
                                       f"{expected:08x} when it was written): fetch it again")
+    return kept
 
 
 def _open_legacy(path: Path, allow_extra: Sequence[str]) -> _Opened:
@@ -838,9 +840,7 @@ def _read_tensors(
     path: Path, records: Mapping[str, _Place], wanted: Mapping[str, _Stored],
 ) -> dict[str, torch.Tensor]:
     """Read the wanted tensors, and check the CRC of every record of the file."""
-    data = {record: torch.empty(records[record][1], dtype=torch.uint8)
-            for record in dict.fromkeys(entry.record for entry in wanted.values())}
-    _read_records(path, records, {name: buffer.numpy() for name, buffer in data.items()})
+    data = _read_records(path, records, {entry.record for entry in wanted.values()})
     return {name: entry.view(data[entry.record]) for name, entry in wanted.items()}
 
 
@@ -1019,15 +1019,15 @@ def _load_file(
     method: str | None, path: Path, weights: str, allow_extra: tuple[str, ...], cache: bool | str,
 ) -> _Loaded:
     """Return the 318 tensors of a checkpoint and their report, from its cache where current."""
-    recorded = _checksums(path.parent).get(path.name, {"allow_extra": ()})
-    allow_extra = (*dict.fromkeys((*recorded["allow_extra"], *allow_extra)),)
+    recorded = _checksums(path.parent).get(path.name, {})
+    allow_extra = (*dict.fromkeys((*recorded.get("allow_extra", ()), *allow_extra)),)
     cached = _load_cache(path, allow_extra, cache == "verify") if cache else None
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     tensors, report = cached or _load_original(method, path, allow_extra)
     if path.stat().st_mtime_ns != stamp:
         raise CheckpointError("it was replaced while it was read: try again")
     _agree(method, report.method)
-    _check_origin(path, weights, report)
+    _check_origin(path, weights, report, recorded)
     if cache and cached is None:
         with contextlib.suppress(OSError):  # in a read-only folder there is no cache
             os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
@@ -1046,7 +1046,9 @@ def _agree(asked: str | None, found: str, evident: bool = True) -> None:
             f"it is a {found} checkpoint, but {asked} was asked for: {advice}{doubt}")
 
 
-def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
+def _check_origin(
+    path: Path, weights: str, report: KeyReport, recorded: Mapping[str, Any],
+) -> None:
     """Keep stand-in and published files apart; hold a file against its recorded checksum, which
     the first load of a published file that passes every check records."""
     if weights != "file" and report.demo != (weights == "stand-in"):
@@ -1054,12 +1056,11 @@ def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
             "it is a stand-in with random weights, not the published file: delete it and fetch "
             "that (notebook 01)" if report.demo else "it has no stand-in's mark: move it away and "
             "give its path; a stand-in will be written here")
-    if weights == "published" and path.name not in _checksums(path.parent):
-        _record_checksum(path, report.sha256, report.allow_extra)
-    known = _checksums(path.parent).get(path.name, {"sha256": report.sha256})["sha256"]
-    if known != report.sha256:
+    if weights == "published" and not recorded:
+        recorded = _record_checksum(path, report.sha256, report.allow_extra)
+    if recorded and recorded["sha256"] != report.sha256:
         raise CheckpointError(
-            f"its SHA-256 is {report.sha256}, but at its first load it was {known} "
+            f"its SHA-256 is {report.sha256}, but at its first load it was {recorded['sha256']} "
             "(checksums.json): other bytes under the same name. Fetch it again, or delete that "
             "entry if the published file was replaced")
 
@@ -4629,9 +4630,6 @@ def plot_confusion(run: Run) -> Figure:
 # =============================================================================
 # Demo
 # =============================================================================
-
-STAND_IN_MARK = "medssl_stand_in"  # a key of the wrapper that no published file has
-
 
 def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> Path:
     """Write a stand-in: a checkpoint with random weights in the layout of a method's file.
