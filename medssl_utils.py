@@ -281,10 +281,11 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         return {name: {"sha256": _hex(entry["sha256"]), "size": int(entry["size"]),
                        "allow_extra": _extras(entry.get("allow_extra", ()))}
-                for name, entry in json.loads(listing.read_text()).items()}
+                for name, entry in json.loads(listing.read_bytes()).items()}  # with a BOM, too
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError,
+            ValueError) as error:
         raise CheckpointError(
             f"{listing} is not a list of checksums ({error}): restore it or delete it.") from error
 
@@ -348,11 +349,13 @@ def _transfer(
 ) -> None:
     """Fetch `url` under a temporary name, attempt by attempt; check it; give it its name."""
     part = target.with_name(target.name + ".part")
-    for attempt in range(1, retries + 2):
+    for attempt in itertools.count(1):
         try:
             _fetch(url, part, timeout, quiet)
             break
-        except (OSError, urllib3.exceptions.HTTPError) as error:  # an OSError too: requests' own
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
             passing = isinstance(error, (  # not of address or disk
                 requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError,
                 requests.exceptions.ChunkedEncodingError))
@@ -658,7 +661,10 @@ def load_state_dict(
 
 def _extras(allow_extra: Sequence[str]) -> tuple[str, ...]:
     """Return the names as a tuple; a lone text is one name, not one for each letter."""
-    return (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
+    extras = (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
+    if not all(isinstance(extra, str) for extra in extras):
+        raise ValueError(f"allow_extra={allow_extra!r}: names are expected, each a text")
+    return extras
 
 
 def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
@@ -679,7 +685,8 @@ _Opened = tuple[Any, dict[str, _Place], Iterable[str]]
 _KINDS = {  # how a file begins -> what it is; the first that matches
     rb"PK\x03\x04": "zip",
     rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": "legacy",
-    rb".{6}\0\0\{": "a safetensors file (an exported backbone's name ends in .safetensors)",
+    rb".{6}\0\0\{": "a safetensors file (load_backbone takes what export_backbone wrote, under a "
+                   "name that ends in .safetensors)",
     rb"\Z": "empty (0 bytes)",
     rb"(\xef\xbb\xbf)?\s*<": "a web page (HTML or XML), perhaps one that asks to log in or to wait",
     rb"(\xef\xbb\xbf)?\s*[{[]": "JSON text",
@@ -928,7 +935,8 @@ def load_backbone(
         allow_extra: key groups ("group.") or pickled names that an error named and you accept;
             those of a published file are recorded with its checksum and then hold by themselves.
         cache: keep the backbone as safetensors beside the file for quick later loads. True trusts
-            it while size and time stamp of both files are unchanged, "verify" checks its CRC too.
+            it while time stamps, size and ending (a zip lists its CRCs there) are unchanged,
+            "verify" checks the CRC of its tensors too.
     Returns:
         model: torchvision ResNet50 with `fc` replaced by Identity, eval mode, on the CPU;
             (N, 3, H, W) images to (N, 2048) features.
@@ -936,6 +944,8 @@ def load_backbone(
     Raises:
         CheckpointError: anything but 318 right tensors of the method that was asked for.
     """
+    if Path(str(method)).suffix or Path(str(method)).name != str(method):
+        raise ValueError(f"method={method!r} looks like a file: give it as path=.")
     if method is not None:
         check_choice(method, (*METHODS, *CONTROLS), "method")
     check_choice(weights, ("stand-in", "published"), "weights")
@@ -1030,10 +1040,11 @@ def _load_file(
     _check_origin(path, weights, report, recorded)
     if cache and cached is None:
         with contextlib.suppress(OSError):  # in a read-only folder there is no cache
-            os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
+            written = _save_backbone(tensors, _cache_path(path), report, _ending(path))
+            os.utime(written, ns=(stamp, stamp))
     told = (f"no method was asked for: its keys are those of {report.method}",) * (method is None)
     return tensors, replace(report, weights=report.weights if report.demo else weights,
-                            notes=(*report.notes, *told))
+                            path=path.name, notes=(*report.notes, *told))
 
 
 def _agree(asked: str | None, found: str, evident: bool = True) -> None:
@@ -1226,21 +1237,27 @@ def export_backbone(model: nn.Module, path: str | Path, report: KeyReport) -> Pa
         The path.
     Raises:
         CheckpointError: the weights are no longer those that the report speaks of.
+        ValueError: the name doesn't end in `.safetensors`, by which `load_backbone` knows it.
     """
-    state = model.state_dict()
-    tensors = {name: state[name].cpu() for name in _backbone_layout()}
+    path, state = Path(path), model.state_dict()
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path}: the name of an exported backbone must end in .safetensors.")
+    tensors = {name: state[name].cpu() for name in _backbone_layout() if name in state}
     if _fingerprint(tensors) != report.fingerprint:
         raise CheckpointError("The model's weights are no longer those of its report: export a "
-                              "backbone before it is trained.")
-    return _save_backbone(tensors, Path(path), report)
+                              "backbone as load_backbone returned it, before it is trained.")
+    return _save_backbone(tensors, path, report)
 
 
-def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyReport) -> Path:
+def _save_backbone(
+    tensors: Mapping[str, torch.Tensor], path: Path, report: KeyReport, ending: str = "",
+) -> Path:
+    """Write tensors and report; for a cache, also the `_ending` of the file that they are from."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     metadata = {"format": "pt", "written_by": EXPORT_MARK, "method": report.method,
                 "weights": report.weights, "source": report.path, "source_sha256": report.sha256,
-                "fingerprint": report.fingerprint, "crc32": _crc32(tensors),
+                "fingerprint": report.fingerprint, "crc32": _crc32(tensors), "ending": ending,
                 "report": json.dumps(dataclasses.asdict(report))}
     with _atomic(path) as temporary:
         try:
@@ -1250,8 +1267,9 @@ def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyR
     return path
 
 
-def _read_backbone(path: Path, verify: bool) -> _Loaded:
-    """Map a file that `_save_backbone` wrote; it is replaced whole, so the map can't change."""
+def _read_backbone(path: Path) -> tuple[dict[str, torch.Tensor], KeyReport, dict[str, str]]:
+    """Map a file that `_save_backbone` wrote: tensors, report, metadata. Such a file is replaced
+    whole, so the map can't change."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as file:
@@ -1259,17 +1277,28 @@ def _read_backbone(path: Path, verify: bool) -> _Loaded:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("written_by") != EXPORT_MARK:
             raise ValueError("export_backbone didn't write it")
-        crc32, report = metadata["crc32"], KeyReport(**json.loads(
-            metadata["report"], object_hook=lambda fields: {
-                k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        report = _parse_report(metadata["report"])
+    except (SafetensorError, ArithmeticError, AttributeError, OSError, KeyError, TypeError,
+            ValueError, RecursionError) as error:
         raise CheckpointError(f"it is no exported backbone ({error}): export it anew") from None
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in _backbone_layout().items()}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != layout:
         raise CheckpointError("its tensors are not those of a ResNet50 backbone")
-    if verify and _crc32(tensors) != crc32:
-        raise CheckpointError("its tensors are not those it was written with (CRC-32)")
-    return tensors, report
+    return tensors, report, metadata
+
+
+def _parse_report(text: str) -> KeyReport:
+    """Return the report that a file holds as JSON; ValueError or TypeError if it can't be ours."""
+    report = KeyReport(**json.loads(text, object_hook=lambda fields: {
+        k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+    blank = KeyReport("", "")
+    shown = (report.path, *report.missing_keys, *report.allow_extra, *report.notes, *(
+        text for group, (_, words) in report.groups.items() for text in (group, words)))
+    if not (all(type(value) is type(getattr(blank, name)) for name, value in vars(report).items())
+            and all(isinstance(text, str) and text.isprintable() for text in shown)
+            and report.method in (*METHODS, *CONTROLS) and report.loaded == report.expected == 318):
+        raise ValueError("its report is not one that load_backbone makes")
+    return report
 
 
 def _is_exported(path: Path) -> bool:
@@ -1280,7 +1309,7 @@ def _is_exported(path: Path) -> bool:
 
 def _load_exported(method: str | None, path: Path) -> _Loaded:
     """Return tensors and report of an exported backbone, verified."""
-    tensors, report = _read_backbone(path, verify=False)
+    tensors, report, _ = _read_backbone(path)
     _agree(method, report.method)
     if _fingerprint(tensors) != report.fingerprint:
         raise CheckpointError("its tensors are not those it was written with (fingerprint)")
@@ -1291,16 +1320,25 @@ def _load_exported(method: str | None, path: Path) -> _Loaded:
 
 
 def _cache_path(path: Path) -> Path:
-    return path.with_name(path.name + ".backbone.safetensors")
+    return Path(f"{path}.backbone.safetensors")
+
+
+def _ending(path: Path) -> str:
+    """SHA-256 of a file's size and last 256 KiB. There a zip lists the CRCs of its records: other
+    weights have another ending, also under the same size and time stamp."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - (1 << 18), 0))
+        return hashlib.sha256(b"%d " % size + file.read()).hexdigest()
 
 
 def _load_cache(path: Path, allow_extra: tuple[str, ...], verify: bool) -> _Loaded | None:
     """Return a file's converted backbone, or None: it is then written anew from the original."""
     with contextlib.suppress(CheckpointError, OSError):
-        original, cached = path.stat(), _cache_path(path).stat()
-        if original.st_mtime_ns == cached.st_mtime_ns:  # neither was touched since
-            tensors, report = _read_backbone(_cache_path(path), verify)
-            if report.size == original.st_size and {*report.allow_extra} <= {*allow_extra}:
+        if path.stat().st_mtime_ns == _cache_path(path).stat().st_mtime_ns:  # neither was touched
+            tensors, report, metadata = _read_backbone(_cache_path(path))
+            if (metadata.get("ending") == _ending(path) and {*report.allow_extra} <= {*allow_extra}
+                    and not (verify and _crc32(tensors) != metadata.get("crc32"))):
                 return tensors, report
     return None
 

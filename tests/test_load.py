@@ -344,6 +344,9 @@ def test_tensors_that_share_numbers_are_refused(tmp_path):
     ({"method": "BYOL", "weights": "real"}, "weights 'real' is not known"),
     ({"method": "random", "weights": "standin"}, "Did you mean 'stand-in'"),
     ({"method": "BYOL", "cache": "Verify"}, "cache='Verify' is not known"),
+    ({"method": "checkpoints/byol"}, "looks like a file: give it as path="),
+    ({"method": Path("byol.ckpt")}, "looks like a file: give it as path="),
+    ({"path": "x.ckpt", "allow_extra": [["a"]]}, "names are expected, each a text"),
     ({}, "Give a method"),
 ])
 def test_unknown_settings_are_refused(arguments, words, tmp_path):
@@ -422,6 +425,18 @@ def test_the_first_verified_load_records_the_checksum_and_then_other_weights_are
     saved(path, files.weights(1), "module")
     with pytest.raises(CheckpointError, match=f"at its first load it was {report.sha256}"):
         medssl.load_backbone("SparK", path)
+
+
+def test_a_file_recorded_by_another_process_meanwhile_is_held_against_that(tmp_path, monkeypatch):
+    path = saved(tmp_path / "spark_resnet50.pth", files.weights(), "module")
+    check = medssl._check_values
+
+    def other_first(tensors):
+        medssl._record_checksum(path, "0" * 64)
+        check(tensors)
+    monkeypatch.setattr(medssl, "_check_values", other_first)
+    with pytest.raises(CheckpointError, match=f"at its first load it was {'0' * 64}"):
+        medssl.load_backbone("SparK", weights="published", folder=tmp_path)
 
 
 def test_a_file_that_fails_a_check_is_not_recorded(tmp_path):
@@ -521,6 +536,28 @@ def test_an_original_of_the_same_age_but_another_size_outdates_the_cache(cached,
     assert same(medssl.load_backbone("SparK", cached)[0], files.weights(1))
 
 
+@pytest.mark.parametrize("cache", [True, "verify"])
+@pytest.mark.parametrize("old_format", [False, True])
+def test_other_weights_of_the_same_size_and_age_outdate_the_cache(cache, old_format, tmp_path):
+    paths = [tmp_path / "first.pth", tmp_path / "other.pth"]
+    for seed, path in enumerate(paths):
+        torch.save({"module": files.weights(seed)}, path,
+                   _use_new_zipfile_serialization=not old_format)
+        os.utime(path, ns=(1, 1))  # as an archive does whose files are all of one date
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    medssl.load_backbone("SparK", paths[0])
+    os.replace(paths[1], paths[0])
+    assert same(medssl.load_backbone("SparK", paths[0], cache=cache)[0], files.weights(1))
+
+
+def test_the_cache_of_a_renamed_file_reports_the_new_name(cached, monkeypatch):
+    read, renamed = reader_of_originals(monkeypatch), cached.with_name("mine.pth")
+    os.replace(medssl._cache_path(cached), medssl._cache_path(renamed))
+    os.replace(cached, renamed)
+    assert medssl.load_backbone("SparK", renamed)[1].path == "mine.pth"
+    assert read == []
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_damaged_cache_is_written_anew(hidden, cached):
     converted = medssl._cache_path(cached)
@@ -581,6 +618,12 @@ def test_a_full_disk_only_costs_the_cache(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_a_folder_in_the_place_of_a_file_is_named(path):
+    with pytest.raises(CheckpointError, match="it is a folder, not a file"):
+        medssl.load_backbone("SparK", path)
 
 
 def test_a_file_that_cannot_be_read_is_named(cached):
@@ -650,6 +693,30 @@ def test_a_web_page_under_the_name_of_an_export_is_called_so(tmp_path):
         medssl.load_backbone("BYOL", tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("change", [
+    {"notes": 5}, {"notes": ["\x1b[2K"]}, {"groups": [1]}, {"groups": {"a.": 1}}, {"loaded": 300},
+    {"method": "DINO"}, {"method": ["BYOL"]}, {"missing_keys": [1]}, {"of_tomorrow": 1}])
+def test_an_export_whose_report_is_not_ours_is_refused(change, exported, tmp_path):
+    with safe_open(exported, "pt") as file:
+        told = file.metadata()
+    told["report"] = json.dumps({**json.loads(told["report"]), **change})
+    save_file(load_file(exported), tmp_path / "x.safetensors", told)
+    with pytest.raises(CheckpointError, match="is no exported backbone.*: export it anew"):
+        medssl.load_backbone(path=tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x"])
+def test_a_name_by_which_an_export_could_not_be_loaded_is_refused(name, byol, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: the name .* must end in .safetensors"):
+        medssl.export_backbone(byol[0], tmp_path / name, byol[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_no_state_dict_and_the_error_says_what_takes_it(exported):
+    with pytest.raises(CheckpointError, match="load_backbone takes what export_backbone wrote"):
+        medssl.load_state_dict(exported)
+
+
 def test_a_foreign_safetensors_file_is_refused(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="export_backbone didn't write"):
@@ -662,6 +729,8 @@ def test_a_trained_model_is_not_exported_under_the_checkpoints_report(byol, tmp_
         model.conv1.weight.add_(1)
     with pytest.raises(CheckpointError, match="no longer those of its report"):
         medssl.export_backbone(model, tmp_path / "x.safetensors", report)
+    with pytest.raises(CheckpointError, match="no longer those of its report"):
+        medssl.export_backbone(torch.nn.Sequential(model), tmp_path / "x.safetensors", report)
     assert list(tmp_path.iterdir()) == []
 
 
