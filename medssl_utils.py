@@ -116,10 +116,10 @@ def _atomic(path: str | Path) -> Iterator[Path]:
         name.unlink(missing_ok=True)
 
 
-def _sha256(path: str | Path) -> str:
-    """SHA-256 of a file as 64 hex digits, read in chunks."""
+def _digest(path: str | Path, kind: str = "sha256") -> str:
+    """SHA-256 (or what `kind` names) of a file in hexadecimal digits, read in chunks."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 # =============================================================================
@@ -204,6 +204,9 @@ CONTROLS = ("random", "ImageNet")
 STAND_IN_MARK = "medssl_stand_in"  # a key of a stand-in's wrapper that no published file has
 
 
+# Download ---------------------------------------------------------------------
+
+
 def download_checkpoint(
     method: str, folder: str | Path = "checkpoints", *, url: str | None = None,
     sha256: str | None = None, from_file: str | Path | None = None, timeout: float = 60.0,
@@ -237,7 +240,7 @@ def download_checkpoint(
         if from_file is not None:
             if problem := _file_problem(Path(from_file), expected):
                 raise CheckpointError(f"{from_file}: {problem}.")
-            expected = expected or {"sha256": _sha256(from_file)}
+            expected = expected or {"sha256": _digest(from_file)}
         if not _file_problem(target, expected):  # before the lock: the folder may be read-only
             return target
         if target.parent.is_file():
@@ -301,11 +304,11 @@ def _record_checksum(
         with FileLock(path.with_name(".checksums.json.lock")), _atomic(listing) as temporary:
             entries = {path.name: entry} | _checksums(path.parent)
             temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
-        return entries[path.name]
+            entry = entries[path.name]
     except OSError as error:
         warnings.warn(f"The checksum of {path} could not be recorded ({error}): a later change "
                       "of the file will go unnoticed.", stacklevel=2)
-        return entry
+    return entry
 
 
 def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
@@ -318,9 +321,7 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
         return f"it is {kind}"
     if expected:
         name = "sha256" if "sha256" in expected else "md5"
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, name).hexdigest()
-        if found != expected[name]:
+        if (found := _digest(path, name)) != expected[name]:
             replaced = "; if the authors replaced the file, delete its entry in checksums.json"
             return (f"its {name} is {found}, expected {expected[name]}"
                     f"{replaced * ('size' in expected)}")
@@ -410,9 +411,7 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> None:
         raise requests.ConnectionError(f"{url} ended before its {origin['size']:,} bytes")
 
 
-def _request(
-    url: str, have: int, known: Mapping[str, Any], timeout: float,
-) -> requests.Response:
+def _request(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requests.Response:
     """Ask for `url` from byte `have` on, through Drive's page about large files if it comes."""
     from gdown.download import get_url_from_gdrive_confirmation
     from gdown.parse_url import is_google_drive_url
@@ -449,6 +448,8 @@ def _origin(response: requests.Response, url: str) -> tuple[int, dict[str, Any]]
     return start, {"url": url, "size": int(size) if re.fullmatch(r"\d{1,18}", size) else None,
                    "validator": fields.get("ETag") or fields.get("Last-Modified")}
 
+
+# Read -------------------------------------------------------------------------
 
 # A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so
 # `_PickleReader` looks no name up and calls nothing: it gives names, shapes and places. The match
@@ -639,6 +640,11 @@ def _about(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {_quoted(error).rstrip('.')}.") from None
 
 
+_Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
+# what a file holds, where its records lie, the names that its pickle asks for
+_Opened = tuple[Any, dict[str, _Place], Iterable[str]]
+
+
 def load_state_dict(
     path: str | Path, *, allow_extra: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
@@ -679,9 +685,6 @@ def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
     return (_open_zip if kind == "zip" else _open_legacy)(path, allow_extra)
 
 
-_Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
-# what a file holds, where its records lie, the names that its pickle asks for
-_Opened = tuple[Any, dict[str, _Place], Iterable[str]]
 _KINDS = {  # how a file begins -> what it is; the first that matches
     rb"PK\x03\x04": "zip",
     rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": "legacy",
@@ -851,6 +854,8 @@ def _read_tensors(
     return {name: entry.view(data[entry.record]) for name, entry in wanted.items()}
 
 
+# Match and report -------------------------------------------------------------
+
 README_MISSING = ("fc.weight", "fc.bias")
 
 
@@ -934,9 +939,9 @@ def load_backbone(
         seed: of the `random` control.
         allow_extra: key groups ("group.") or pickled names that an error named and you accept;
             those of a published file are recorded with its checksum and then hold by themselves.
-        cache: keep the backbone as safetensors beside the file for quick later loads. True trusts
-            it while time stamps, size and ending (a zip lists its CRCs there) are unchanged,
-            "verify" checks the CRC of its tensors too.
+        cache: keep the backbone as safetensors beside the file for quick later loads of `method`.
+            True trusts it while time stamps, size and ending (a zip lists its CRCs there) are
+            unchanged, "verify" checks the CRC of its tensors too.
     Returns:
         model: torchvision ResNet50 with `fc` replaced by Identity, eval mode, on the CPU;
             (N, 3, H, W) images to (N, 2048) features.
@@ -1004,25 +1009,26 @@ def _backbone_layout() -> dict[str, torch.Tensor]:
 
 def _load_control(method: str, seed: int) -> _Loaded:
     """torchvision's initialisation under `seed`, or its ImageNet weights (cached or downloaded)."""
-    source, report = torchvision.models.ResNet50_Weights.IMAGENET1K_V1, KeyReport(method, method)
-    name = source.url.rsplit("/", 1)[-1]
     if method == "random":
         with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
             torch.default_generator.manual_seed(seed)
             state = torchvision.models.resnet50().state_dict()
-        report = replace(report, notes=(f"torchvision's initialisation, seed {seed}",))
+        told = {"notes": (f"torchvision's initialisation, seed {seed}",)}
     else:
+        source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+        name = source.url.rsplit("/", 1)[-1]
         try:
             state = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"The ImageNet weights could not be had from {source.url} ({error}). Put {name} "
                 f"into {torch.hub.get_dir()}/checkpoints by hand, or leave ImageNet out.") from None
-        report = replace(report, path=name, groups={"fc.": (2, "ImageNet classifier")},
-                         notes=(f"torchvision {source}",))
+        told = {"path": name, "notes": (f"torchvision {source}",),
+                "groups": {"fc.": (2, "ImageNet classifier")}}
     tensors = {name: state[name] for name in _backbone_layout()}
     changed = 0 if method == "random" else _changed(tensors)
-    return tensors, replace(report, changed=changed, fingerprint=_fingerprint(tensors))
+    return tensors, KeyReport(
+        method, method, changed=changed, fingerprint=_fingerprint(tensors), **told)
 
 
 def _load_file(
@@ -1031,12 +1037,12 @@ def _load_file(
     """Return the 318 tensors of a checkpoint and their report, from its cache where current."""
     recorded = _checksums(path.parent).get(path.name, {})
     allow_extra = (*dict.fromkeys((*recorded.get("allow_extra", ()), *allow_extra)),)
-    cached = _load_cache(path, allow_extra, cache == "verify") if cache else None
+    cache = cache if method else False  # only the original tells its method
+    cached = _load_cache(method, path, allow_extra, cache == "verify") if cache else None
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     tensors, report = cached or _load_original(method, path, allow_extra)
     if path.stat().st_mtime_ns != stamp:
         raise CheckpointError("it was replaced while it was read: try again")
-    _agree(method, report.method)
     _check_origin(path, weights, report, recorded)
     if cache and cached is None:
         with contextlib.suppress(OSError):  # in a read-only folder there is no cache
@@ -1081,7 +1087,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
     with ThreadPoolExecutor(1) as pool:
         # hashing takes as long as all the rest: side by side, but for a file beyond all measure
         usual = path.is_file() and path.stat().st_size < 1 << 30
-        digest = pool.submit(_sha256, path) if usual else None
+        digest = pool.submit(_digest, path) if usual else None
         top, records, names = _open_checkpoint(path, allow_extra)
         entries, wrapper = _unwrap(top)
         if ddp := all(key.startswith("module.") for key in entries):
@@ -1114,7 +1120,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
                 key for key in (*_backbone_layout(), *README_MISSING) if key not in tensors),
             unexpected_keys=tuple(key for key in entries if not _is_backbone(key, prefix)),
             allow_extra=accepted, notes=tuple(note for note, true in notes.items() if true),
-            sha256=digest.result() if digest else _sha256(path))
+            sha256=digest.result() if digest else _digest(path))
 
 
 def _recognise(entries: _Entries) -> tuple[str, str]:
@@ -1223,6 +1229,8 @@ def _changed(tensors: Mapping[str, torch.Tensor]) -> int:
                for name, tensor in tensors.items())
 
 
+# Convert ----------------------------------------------------------------------
+
 EXPORT_MARK = "medssl_utils.export_backbone"
 
 
@@ -1278,9 +1286,9 @@ def _read_backbone(path: Path) -> tuple[dict[str, torch.Tensor], KeyReport, dict
         if metadata.get("written_by") != EXPORT_MARK:
             raise ValueError("export_backbone didn't write it")
         report = _parse_report(metadata["report"])
-    except (SafetensorError, ArithmeticError, AttributeError, OSError, KeyError, TypeError,
-            ValueError, RecursionError) as error:
-        raise CheckpointError(f"it is no exported backbone ({error}): export it anew") from None
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"it is no exported backbone, or one of another version ({error}): "
+                              "export it anew") from None
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in _backbone_layout().items()}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != layout:
         raise CheckpointError("its tensors are not those of a ResNet50 backbone")
@@ -1292,10 +1300,11 @@ def _parse_report(text: str) -> KeyReport:
     report = KeyReport(**json.loads(text, object_hook=lambda fields: {
         k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
     blank = KeyReport("", "")
+    if any(type(value) is not type(getattr(blank, name)) for name, value in vars(report).items()):
+        raise ValueError("its report has a field of another type")
     shown = (report.path, *report.missing_keys, *report.allow_extra, *report.notes, *(
         text for group, (_, words) in report.groups.items() for text in (group, words)))
-    if not (all(type(value) is type(getattr(blank, name)) for name, value in vars(report).items())
-            and all(isinstance(text, str) and text.isprintable() for text in shown)
+    if not (all(isinstance(text, str) and text.isprintable() for text in shown)
             and report.method in (*METHODS, *CONTROLS) and report.loaded == report.expected == 318):
         raise ValueError("its report is not one that load_backbone makes")
     return report
@@ -1332,12 +1341,16 @@ def _ending(path: Path) -> str:
         return hashlib.sha256(b"%d " % size + file.read()).hexdigest()
 
 
-def _load_cache(path: Path, allow_extra: tuple[str, ...], verify: bool) -> _Loaded | None:
-    """Return a file's converted backbone, or None: it is then written anew from the original."""
+def _load_cache(
+    method: str, path: Path, allow_extra: tuple[str, ...], verify: bool,
+) -> _Loaded | None:
+    """Return a file's converted backbone, or None: it is then written anew from the original,
+    which also knows better words for a mix-up."""
     with contextlib.suppress(CheckpointError, OSError):
         if path.stat().st_mtime_ns == _cache_path(path).stat().st_mtime_ns:  # neither was touched
             tensors, report, metadata = _read_backbone(_cache_path(path))
-            if (metadata.get("ending") == _ending(path) and {*report.allow_extra} <= {*allow_extra}
+            if (report.method == method and {*report.allow_extra} <= {*allow_extra}
+                    and metadata.get("ending") == _ending(path)
                     and not (verify and _crc32(tensors) != metadata.get("crc32"))):
                 return tensors, report
     return None

@@ -420,7 +420,7 @@ def test_the_first_verified_load_records_the_checksum_and_then_other_weights_are
     path = saved(tmp_path / "spark_resnet50.pth", files.weights(), "module")
     report = medssl.load_backbone("SparK", weights="published", folder=tmp_path)[1]
     recorded = json.loads((tmp_path / "checksums.json").read_text())
-    assert recorded[path.name]["sha256"] == report.sha256 == medssl._sha256(path)
+    assert recorded[path.name]["sha256"] == report.sha256 == medssl._digest(path)
     assert (report.weights, report.demo) == ("published", False)
     saved(path, files.weights(1), "module")
     with pytest.raises(CheckpointError, match=f"at its first load it was {report.sha256}"):
@@ -591,6 +591,15 @@ def test_the_cache_does_not_carry_an_extra_to_someone_who_did_not_allow_it(tmp_p
 def test_the_cache_does_not_hide_a_mix_up(cached):
     with pytest.raises(CheckpointError, match="is a SparK checkpoint, but BYOL was asked"):
         medssl.load_backbone("BYOL", cached)
+
+
+def test_the_cache_does_not_tell_the_method_of_a_plain_resnet50(tmp_path):
+    path = saved(tmp_path / "plain.pth", files.weights())
+    medssl.load_backbone("SparK", path)
+    with pytest.raises(CheckpointError, match="nothing that tells the method"):
+        medssl.load_backbone(path=path)
+    with pytest.raises(CheckpointError, match="another ResNet50 may have the same"):
+        medssl.load_backbone("BYOL", path)
 
 
 def test_training_a_cached_backbone_leaves_the_cache_alone(cached):
