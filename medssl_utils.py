@@ -949,9 +949,9 @@ def load_backbone(
     Raises:
         CheckpointError: anything but 318 right tensors of the method that was asked for.
     """
-    if Path(str(method)).suffix or Path(str(method)).name != str(method):
-        raise ValueError(f"method={method!r} looks like a file: give it as path=.")
     if method is not None:
+        if Path(str(method)).suffix or Path(str(method)).name != str(method):
+            raise ValueError(f"method={method!r} looks like a file: give it as path=.")
         check_choice(method, (*METHODS, *CONTROLS), "method")
     check_choice(weights, ("stand-in", "published"), "weights")
     if cache not in (True, False, "verify"):
@@ -1104,6 +1104,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
         _check_values(tensors)
+        changed = _changed(tensors)
         notes = {
             "every key began with module. (DistributedDataParallel), which was removed": ddp,
             "53 num_batches_tracked were absent (PyTorch < 0.4.1): set to 0": filled,
@@ -1111,11 +1112,13 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
                 None in (crc for _, _, crc in records.values()),
             f"the backbone lay under {prefix}, not where the published file has it":
                 prefix != known.prefix,
+            "only the 53 convolutions differ from a fresh network: perhaps it was never trained":
+                changed == 53,
             f"nothing but the prefix {prefix!r} of its keys says that this is {found}": not evident,
             f"accepted by you beyond what is known: {_few(accepted)}": accepted}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
-            changed=_changed(tensors), groups=groups, fingerprint=_fingerprint(tensors),
+            changed=changed, groups=groups, fingerprint=_fingerprint(tensors),
             missing_keys=tuple(
                 key for key in (*_backbone_layout(), *README_MISSING) if key not in tensors),
             unexpected_keys=tuple(key for key in entries if not _is_backbone(key, prefix)),

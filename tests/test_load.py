@@ -378,6 +378,7 @@ def test_the_report_shows_no_path_of_this_machine(byol, stand_ins):
 
 def test_every_tensor_of_a_stand_in_differs_from_a_fresh_network(byol):
     assert byol[1].changed == 318
+    assert "perhaps it was never trained" not in str(byol[1])
 
 
 def test_an_untrained_network_is_counted_as_unchanged_where_it_is(tmp_path):
@@ -385,6 +386,7 @@ def test_an_untrained_network_is_counted_as_unchanged_where_it_is(tmp_path):
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     report = medssl.load_backbone("SparK", saved(tmp_path / "x.pth", state, "module"))[1]
     assert report.changed == 53  # the convolutions are random, BatchNorm is as it begins
+    assert "perhaps it was never trained" in str(report)
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_file(tmp_path):
