@@ -24,6 +24,7 @@ import papermill
 import pytest
 import torch
 from drive_server import DriveServer, redirect_drive
+from notebook_cells import run_cells
 
 import medssl_utils as medssl
 from medssl_utils import CheckpointError, download_checkpoint
@@ -629,11 +630,19 @@ def test_a_download_writes_nothing_into_the_home_folder(tmp_path, monkeypatch):
     assert names(tmp_path / "home") == []
 
 
+def test_notebook_01_does_not_choose_between_two_sources(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        run_cells("01_download_checkpoints", weights="published", checkpoints_dir=str(tmp_path),
+                  from_dir="downloads", mirror="http://127.0.0.1:9")
+    assert names(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_notebook_01_fetches_published_files_and_compares_them(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     entry = {"sha256": SHA, "size": len(BODY)}
-    (tmp_path / "checkpoints" / "checksums.json").write_text(json.dumps({NAME: entry}))
+    listing = tmp_path / "checkpoints" / "checksums.json"
+    listing.write_text(json.dumps({NAME: entry}), "utf-8-sig")  # as some editors save it
     with DriveServer(BODY) as mirror:
         executed = medssl.run_notebook(NOTEBOOK, tmp_path / "01.ipynb", {
             "weights": "published", "methods": ["BYOL", "SwAV"], "mirror": mirror.address,
