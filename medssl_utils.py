@@ -116,10 +116,10 @@ def _atomic(path: str | Path) -> Iterator[Path]:
         name.unlink(missing_ok=True)
 
 
-def _sha256(path: str | Path) -> str:
-    """SHA-256 of a file as 64 hex digits, read in chunks."""
+def _digest(path: str | Path, kind: str = "sha256") -> str:
+    """SHA-256 (or what `kind` names) of a file in hexadecimal digits, read in chunks."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()
 
 
 # =============================================================================
@@ -201,6 +201,10 @@ CHECKPOINTS: dict[str, Checkpoint] = {
 }
 METHODS = tuple(CHECKPOINTS)
 CONTROLS = ("random", "ImageNet")
+STAND_IN_MARK = "medssl_stand_in"  # a key of a stand-in's wrapper that no published file has
+
+
+# Download ---------------------------------------------------------------------
 
 
 def download_checkpoint(
@@ -236,7 +240,7 @@ def download_checkpoint(
         if from_file is not None:
             if problem := _file_problem(Path(from_file), expected):
                 raise CheckpointError(f"{from_file}: {problem}.")
-            expected = expected or {"sha256": _sha256(from_file)}
+            expected = expected or {"sha256": _digest(from_file)}
         if not _file_problem(target, expected):  # before the lock: the folder may be read-only
             return target
         if target.parent.is_file():
@@ -280,26 +284,31 @@ def _checksums(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         return {name: {"sha256": _hex(entry["sha256"]), "size": int(entry["size"]),
                        "allow_extra": _extras(entry.get("allow_extra", ()))}
-                for name, entry in json.loads(listing.read_text()).items()}
+                for name, entry in json.loads(listing.read_bytes()).items()}  # with a BOM, too
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError,
+            ValueError) as error:
         raise CheckpointError(
             f"{listing} is not a list of checksums ({error}): restore it or delete it.") from error
 
 
-def _record_checksum(path: Path, sha256: str, allow_extra: tuple[str, ...] = ()) -> None:
-    """Add a file to checksums.json beside it; what is listed there stays as it is.
+def _record_checksum(
+    path: Path, sha256: str, allow_extra: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Add a file to checksums.json beside it unless it is listed; return the entry that holds.
     A folder that cannot be written to only gives a warning: its files can still be used."""
     listing = path.with_name("checksums.json")
+    entry = {"sha256": sha256, "size": path.stat().st_size, "allow_extra": allow_extra}
     try:
         with FileLock(path.with_name(".checksums.json.lock")), _atomic(listing) as temporary:
-            entry = {"sha256": sha256, "size": path.stat().st_size, "allow_extra": allow_extra}
             entries = {path.name: entry} | _checksums(path.parent)
             temporary.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+            entry = entries[path.name]
     except OSError as error:
         warnings.warn(f"The checksum of {path} could not be recorded ({error}): a later change "
                       "of the file will go unnoticed.", stacklevel=2)
+    return entry
 
 
 def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
@@ -312,17 +321,13 @@ def _file_problem(path: Path, expected: Mapping[str, Any] | None) -> str | None:
         return f"it is {kind}"
     if expected:
         name = "sha256" if "sha256" in expected else "md5"
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, name).hexdigest()
-        if found != expected[name]:
+        if (found := _digest(path, name)) != expected[name]:
             replaced = "; if the authors replaced the file, delete its entry in checksums.json"
             return (f"its {name} is {found}, expected {expected[name]}"
                     f"{replaced * ('size' in expected)}")
     elif kind == "zip":
         try:
-            records = _zip_records(path)
-            _zip_root(records)
-            _read_records(path, records, keep={})
+            _read_records(path, _zip_records(path)[1])
         except CheckpointError as error:
             return str(error)
     return None
@@ -345,11 +350,13 @@ def _transfer(
 ) -> None:
     """Fetch `url` under a temporary name, attempt by attempt; check it; give it its name."""
     part = target.with_name(target.name + ".part")
-    for attempt in range(1, retries + 2):
+    for attempt in itertools.count(1):
         try:
             _fetch(url, part, timeout, quiet)
             break
-        except (OSError, urllib3.exceptions.HTTPError) as error:  # an OSError too: requests' own
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
             passing = isinstance(error, (  # not of address or disk
                 requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError,
                 requests.exceptions.ChunkedEncodingError))
@@ -376,7 +383,7 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> None:
         have = part.stat().st_size if known["url"] == url and known["validator"] else 0
     if have and have == known["size"]:  # killed between the last byte and the rename
         return
-    with _open(url, have, known, timeout) as response:
+    with _request(url, have, known, timeout) as response:
         start, origin = _origin(response, url)
         chunk = response.raw.read1(1 << 20)
         if start == 0 and _what(chunk).startswith("a web page"):
@@ -404,7 +411,7 @@ def _fetch(url: str, part: Path, timeout: float, quiet: bool) -> None:
         raise requests.ConnectionError(f"{url} ended before its {origin['size']:,} bytes")
 
 
-def _open(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requests.Response:
+def _request(url: str, have: int, known: Mapping[str, Any], timeout: float) -> requests.Response:
     """Ask for `url` from byte `have` on, through Drive's page about large files if it comes."""
     from gdown.download import get_url_from_gdrive_confirmation
     from gdown.parse_url import is_google_drive_url
@@ -441,6 +448,8 @@ def _origin(response: requests.Response, url: str) -> tuple[int, dict[str, Any]]
     return start, {"url": url, "size": int(size) if re.fullmatch(r"\d{1,18}", size) else None,
                    "validator": fields.get("ETag") or fields.get("Last-Modified")}
 
+
+# Read -------------------------------------------------------------------------
 
 # A checkpoint is a pickle that says where each tensor's bytes lie. Unpickling can run code, so
 # `_PickleReader` looks no name up and calls nothing: it gives names, shapes and places. The match
@@ -505,9 +514,10 @@ class _Stored:
                 raise ValueError(f"{what} leaves gaps or overlaps itself")
             dense *= length
 
-    def view(self, data: torch.Tensor) -> torch.Tensor:
+    def view(self, data: np.ndarray) -> torch.Tensor:
         """Return this tensor as a view of its record's bytes (uint8, 1-D)."""
-        return data.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+        return torch.from_numpy(data).view(self.dtype).as_strided(
+            self.shape, self.stride, self.offset)
 
 
 class _Dict(dict):
@@ -630,6 +640,11 @@ def _about(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: {_quoted(error).rstrip('.')}.") from None
 
 
+_Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
+# what a file holds, where its records lie, the names that its pickle asks for
+_Opened = tuple[Any, dict[str, _Place], Iterable[str]]
+
+
 def load_state_dict(
     path: str | Path, *, allow_extra: Sequence[str] = (),
 ) -> dict[str, torch.Tensor]:
@@ -652,7 +667,10 @@ def load_state_dict(
 
 def _extras(allow_extra: Sequence[str]) -> tuple[str, ...]:
     """Return the names as a tuple; a lone text is one name, not one for each letter."""
-    return (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
+    extras = (allow_extra,) if isinstance(allow_extra, str) else tuple(allow_extra)
+    if not all(isinstance(extra, str) for extra in extras):
+        raise ValueError(f"allow_extra={allow_extra!r}: names are expected, each a text")
+    return extras
 
 
 def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
@@ -667,13 +685,11 @@ def _open_checkpoint(path: Path, allow_extra: Sequence[str]) -> _Opened:
     return (_open_zip if kind == "zip" else _open_legacy)(path, allow_extra)
 
 
-_Place = tuple[int, int, int | None]  # first byte, bytes, CRC-32 (None in the legacy format)
-# what a file holds, where its records lie, the names that its pickle asks for
-_Opened = tuple[Any, dict[str, _Place], Iterable[str]]
 _KINDS = {  # how a file begins -> what it is; the first that matches
     rb"PK\x03\x04": "zip",
     rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19\.": "legacy",
-    rb".{6}\0\0\{": "a safetensors file (an exported backbone's name ends in .safetensors)",
+    rb".{6}\0\0\{": "a safetensors file (load_backbone takes what export_backbone wrote, under a "
+                   "name that ends in .safetensors)",
     rb"\Z": "empty (0 bytes)",
     rb"(\xef\xbb\xbf)?\s*<": "a web page (HTML or XML), perhaps one that asks to log in or to wait",
     rb"(\xef\xbb\xbf)?\s*[{[]": "JSON text",
@@ -705,13 +721,11 @@ def _what(start: bytes) -> str:
 
 def _open_zip(path: Path, allow_extra: Sequence[str]) -> _Opened:
     """Open what torch.save writes since PyTorch 1.6: a pickle and uncompressed records."""
-    records = _zip_records(path)
-    root = _zip_root(records)
+    root, records = _zip_records(path)
     places = {name: records.get(root + name, (0, 0, 0)) for name in ("data.pkl", "byteorder")}
     if (largest := max(size for _, size, _ in places.values())) > MAX_PICKLE_BYTES:
         raise CheckpointError(f"its pickle has {largest:,} bytes, more than any weight file's")
-    small = {name: np.empty(size, np.uint8) for name, (_, size, _) in places.items()}
-    _read_records(path, places, small)
+    small = _read_records(path, places, keep=places)
     if (order := small["byteorder"].tobytes()) not in (b"", b"little"):
         raise CheckpointError(f"its byte order is {order[:20]!r}; only little-endian can be read")
     reader = _PickleReader(io.BytesIO(small["data.pkl"]), allow_extra, f"{root}data/")
@@ -724,17 +738,9 @@ def _open_zip(path: Path, allow_extra: Sequence[str]) -> _Opened:
     return top, records, reader.names
 
 
-def _zip_root(records: Iterable[str]) -> str:
-    """Return what a checkpoint's records begin with; raise if it is another kind of archive."""
-    pickles = [record for record in records if record.endswith("/data.pkl")]
-    if len(pickles) != 1:
-        raise CheckpointError(f"it is a zip archive with {len(pickles)} data.pkl instead of 1, not "
-                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
-    return pickles[0].removesuffix("data.pkl")
-
-
-def _zip_records(path: Path) -> dict[str, _Place]:
-    """List a zip's records after checking that each lies where the directory says."""
+def _zip_records(path: Path) -> tuple[str, dict[str, _Place]]:
+    """List a zip's records after checking that each lies where the directory says; return what
+    the names of a checkpoint's begin with, too."""
     records, size = {}, path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(size - 98, 0))
@@ -771,17 +777,22 @@ def _zip_records(path: Path) -> dict[str, _Place]:
             records[name] = (file.tell() + extra_bytes, info.file_size, info.CRC)
     if sum(length for _, length, _ in records.values()) > size:
         raise CheckpointError("its records overlap or reach beyond the end of the file")
-    return records
+    roots = [name.removesuffix("data.pkl") for name in records if name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise CheckpointError(f"it is a zip archive with {len(roots)} data.pkl instead of 1, not "
+                              f"a checkpoint (unpack it first?); it holds {_few(records, 4)}")
+    return roots[0], records
 
 
 def _read_records(
-    path: Path, records: Mapping[str, _Place], keep: Mapping[str, np.ndarray],
-) -> None:
-    """Read records and check their CRC; those that `keep` has a buffer for stay in it."""
+    path: Path, records: Mapping[str, _Place], keep: Iterable[str] = (),
+) -> dict[str, np.ndarray]:
+    """Read all `records` and check their CRC; return the bytes of those to `keep` (uint8)."""
     scratch = np.empty(1 << 20, np.uint8)
+    kept = {name: np.empty(records[name][1], np.uint8) for name in keep}
     with open(path, "rb") as file:
         for name, (first, size, expected) in records.items():
-            buffer, crc = keep.get(name, scratch), 0
+            buffer, crc = kept.get(name, scratch), 0
             file.seek(first)
             for start in range(0, size, max(len(buffer), 1)):
                 part = buffer[: size - start]
@@ -791,6 +802,7 @@ def _read_records(
             if expected not in (None, crc):
                 raise CheckpointError(f"its record {name} is damaged (CRC-32 {crc:08x}, "
                                       f"{expected:08x} when it was written): fetch it again")
+    return kept
 
 
 def _open_legacy(path: Path, allow_extra: Sequence[str]) -> _Opened:
@@ -838,11 +850,11 @@ def _read_tensors(
     path: Path, records: Mapping[str, _Place], wanted: Mapping[str, _Stored],
 ) -> dict[str, torch.Tensor]:
     """Read the wanted tensors, and check the CRC of every record of the file."""
-    data = {record: torch.empty(records[record][1], dtype=torch.uint8)
-            for record in dict.fromkeys(entry.record for entry in wanted.values())}
-    _read_records(path, records, {name: buffer.numpy() for name, buffer in data.items()})
+    data = _read_records(path, records, {entry.record for entry in wanted.values()})
     return {name: entry.view(data[entry.record]) for name, entry in wanted.items()}
 
+
+# Match and report -------------------------------------------------------------
 
 README_MISSING = ("fc.weight", "fc.bias")
 
@@ -927,8 +939,9 @@ def load_backbone(
         seed: of the `random` control.
         allow_extra: key groups ("group.") or pickled names that an error named and you accept;
             those of a published file are recorded with its checksum and then hold by themselves.
-        cache: keep the backbone as safetensors beside the file for quick later loads. True trusts
-            it while size and time stamp of both files are unchanged, "verify" checks its CRC too.
+        cache: keep the backbone as safetensors beside the file for quick later loads of `method`.
+            True trusts it while time stamps, size and ending (a zip lists its CRCs there) are
+            unchanged, "verify" checks the CRC of its tensors too.
     Returns:
         model: torchvision ResNet50 with `fc` replaced by Identity, eval mode, on the CPU;
             (N, 3, H, W) images to (N, 2048) features.
@@ -937,6 +950,8 @@ def load_backbone(
         CheckpointError: anything but 318 right tensors of the method that was asked for.
     """
     if method is not None:
+        if Path(str(method)).suffix or Path(str(method)).name != str(method):
+            raise ValueError(f"method={method!r} looks like a file: give it as path=.")
         check_choice(method, (*METHODS, *CONTROLS), "method")
     check_choice(weights, ("stand-in", "published"), "weights")
     if cache not in (True, False, "verify"):
@@ -994,46 +1009,48 @@ def _backbone_layout() -> dict[str, torch.Tensor]:
 
 def _load_control(method: str, seed: int) -> _Loaded:
     """torchvision's initialisation under `seed`, or its ImageNet weights (cached or downloaded)."""
-    source, report = torchvision.models.ResNet50_Weights.IMAGENET1K_V1, KeyReport(method, method)
-    name = source.url.rsplit("/", 1)[-1]
     if method == "random":
         with torch.random.fork_rng(devices=[]):  # the caller's random state is left alone
             torch.default_generator.manual_seed(seed)
             state = torchvision.models.resnet50().state_dict()
-        report = replace(report, notes=(f"torchvision's initialisation, seed {seed}",))
+        told = {"notes": (f"torchvision's initialisation, seed {seed}",)}
     else:
+        source = torchvision.models.ResNet50_Weights.IMAGENET1K_V1
+        name = source.url.rsplit("/", 1)[-1]
         try:
             state = source.get_state_dict(progress=False, check_hash=True, weights_only=True)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"The ImageNet weights could not be had from {source.url} ({error}). Put {name} "
                 f"into {torch.hub.get_dir()}/checkpoints by hand, or leave ImageNet out.") from None
-        report = replace(report, path=name, groups={"fc.": (2, "ImageNet classifier")},
-                         notes=(f"torchvision {source}",))
+        told = {"path": name, "notes": (f"torchvision {source}",),
+                "groups": {"fc.": (2, "ImageNet classifier")}}
     tensors = {name: state[name] for name in _backbone_layout()}
     changed = 0 if method == "random" else _changed(tensors)
-    return tensors, replace(report, changed=changed, fingerprint=_fingerprint(tensors))
+    return tensors, KeyReport(
+        method, method, changed=changed, fingerprint=_fingerprint(tensors), **told)
 
 
 def _load_file(
     method: str | None, path: Path, weights: str, allow_extra: tuple[str, ...], cache: bool | str,
 ) -> _Loaded:
     """Return the 318 tensors of a checkpoint and their report, from its cache where current."""
-    recorded = _checksums(path.parent).get(path.name, {"allow_extra": ()})
-    allow_extra = (*dict.fromkeys((*recorded["allow_extra"], *allow_extra)),)
-    cached = _load_cache(path, allow_extra, cache == "verify") if cache else None
+    recorded = _checksums(path.parent).get(path.name, {})
+    allow_extra = (*dict.fromkeys((*recorded.get("allow_extra", ()), *allow_extra)),)
+    cache = cache if method else False  # only the original tells its method
+    cached = _load_cache(method, path, allow_extra, cache == "verify") if cache else None
     stamp = path.stat().st_mtime_ns if path.exists() else 0
     tensors, report = cached or _load_original(method, path, allow_extra)
     if path.stat().st_mtime_ns != stamp:
         raise CheckpointError("it was replaced while it was read: try again")
-    _agree(method, report.method)
-    _check_origin(path, weights, report)
+    _check_origin(path, weights, report, recorded)
     if cache and cached is None:
         with contextlib.suppress(OSError):  # in a read-only folder there is no cache
-            os.utime(_save_backbone(tensors, _cache_path(path), report), ns=(stamp, stamp))
+            written = _save_backbone(tensors, _cache_path(path), report, _ending(path))
+            os.utime(written, ns=(stamp, stamp))
     told = (f"no method was asked for: its keys are those of {report.method}",) * (method is None)
     return tensors, replace(report, weights=report.weights if report.demo else weights,
-                            notes=(*report.notes, *told))
+                            path=path.name, notes=(*report.notes, *told))
 
 
 def _agree(asked: str | None, found: str, evident: bool = True) -> None:
@@ -1046,7 +1063,9 @@ def _agree(asked: str | None, found: str, evident: bool = True) -> None:
             f"it is a {found} checkpoint, but {asked} was asked for: {advice}{doubt}")
 
 
-def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
+def _check_origin(
+    path: Path, weights: str, report: KeyReport, recorded: Mapping[str, Any],
+) -> None:
     """Keep stand-in and published files apart; hold a file against its recorded checksum, which
     the first load of a published file that passes every check records."""
     if weights != "file" and report.demo != (weights == "stand-in"):
@@ -1054,12 +1073,11 @@ def _check_origin(path: Path, weights: str, report: KeyReport) -> None:
             "it is a stand-in with random weights, not the published file: delete it and fetch "
             "that (notebook 01)" if report.demo else "it has no stand-in's mark: move it away and "
             "give its path; a stand-in will be written here")
-    if weights == "published" and path.name not in _checksums(path.parent):
-        _record_checksum(path, report.sha256, report.allow_extra)
-    known = _checksums(path.parent).get(path.name, {"sha256": report.sha256})["sha256"]
-    if known != report.sha256:
+    if weights == "published" and not recorded:
+        recorded = _record_checksum(path, report.sha256, report.allow_extra)
+    if recorded and recorded["sha256"] != report.sha256:
         raise CheckpointError(
-            f"its SHA-256 is {report.sha256}, but at its first load it was {known} "
+            f"its SHA-256 is {report.sha256}, but at its first load it was {recorded['sha256']} "
             "(checksums.json): other bytes under the same name. Fetch it again, or delete that "
             "entry if the published file was replaced")
 
@@ -1069,7 +1087,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
     with ThreadPoolExecutor(1) as pool:
         # hashing takes as long as all the rest: side by side, but for a file beyond all measure
         usual = path.is_file() and path.stat().st_size < 1 << 30
-        digest = pool.submit(_sha256, path) if usual else None
+        digest = pool.submit(_digest, path) if usual else None
         top, records, names = _open_checkpoint(path, allow_extra)
         entries, wrapper = _unwrap(top)
         if ddp := all(key.startswith("module.") for key in entries):
@@ -1086,6 +1104,7 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
             raise CheckpointError("it holds a ResNet50 and nothing that tells the method: name it")
         tensors = _read_tensors(path, records, backbone) | {n: torch.tensor(0) for n in filled}
         _check_values(tensors)
+        changed = _changed(tensors)
         notes = {
             "every key began with module. (DistributedDataParallel), which was removed": ddp,
             "53 num_batches_tracked were absent (PyTorch < 0.4.1): set to 0": filled,
@@ -1093,16 +1112,18 @@ def _load_original(method: str | None, path: Path, allow_extra: tuple[str, ...])
                 None in (crc for _, _, crc in records.values()),
             f"the backbone lay under {prefix}, not where the published file has it":
                 prefix != known.prefix,
+            "only the 53 convolutions differ from a fresh network: perhaps it was never trained":
+                changed == 53,
             f"nothing but the prefix {prefix!r} of its keys says that this is {found}": not evident,
             f"accepted by you beyond what is known: {_few(accepted)}": accepted}
         return tensors, KeyReport(
             found, "stand-in" if STAND_IN_MARK in top else "file", path.name, path.stat().st_size,
-            changed=_changed(tensors), groups=groups, fingerprint=_fingerprint(tensors),
+            changed=changed, groups=groups, fingerprint=_fingerprint(tensors),
             missing_keys=tuple(
                 key for key in (*_backbone_layout(), *README_MISSING) if key not in tensors),
             unexpected_keys=tuple(key for key in entries if not _is_backbone(key, prefix)),
             allow_extra=accepted, notes=tuple(note for note, true in notes.items() if true),
-            sha256=digest.result() if digest else _sha256(path))
+            sha256=digest.result() if digest else _digest(path))
 
 
 def _recognise(entries: _Entries) -> tuple[str, str]:
@@ -1211,6 +1232,8 @@ def _changed(tensors: Mapping[str, torch.Tensor]) -> int:
                for name, tensor in tensors.items())
 
 
+# Convert ----------------------------------------------------------------------
+
 EXPORT_MARK = "medssl_utils.export_backbone"
 
 
@@ -1225,21 +1248,27 @@ def export_backbone(model: nn.Module, path: str | Path, report: KeyReport) -> Pa
         The path.
     Raises:
         CheckpointError: the weights are no longer those that the report speaks of.
+        ValueError: the name doesn't end in `.safetensors`, by which `load_backbone` knows it.
     """
-    state = model.state_dict()
-    tensors = {name: state[name].cpu() for name in _backbone_layout()}
+    path, state = Path(path), model.state_dict()
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"{path}: the name of an exported backbone must end in .safetensors.")
+    tensors = {name: state[name].cpu() for name in _backbone_layout() if name in state}
     if _fingerprint(tensors) != report.fingerprint:
         raise CheckpointError("The model's weights are no longer those of its report: export a "
-                              "backbone before it is trained.")
-    return _save_backbone(tensors, Path(path), report)
+                              "backbone as load_backbone returned it, before it is trained.")
+    return _save_backbone(tensors, path, report)
 
 
-def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyReport) -> Path:
+def _save_backbone(
+    tensors: Mapping[str, torch.Tensor], path: Path, report: KeyReport, ending: str = "",
+) -> Path:
+    """Write tensors and report; for a cache, also the `_ending` of the file that they are from."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     metadata = {"format": "pt", "written_by": EXPORT_MARK, "method": report.method,
                 "weights": report.weights, "source": report.path, "source_sha256": report.sha256,
-                "fingerprint": report.fingerprint, "crc32": _crc32(tensors),
+                "fingerprint": report.fingerprint, "crc32": _crc32(tensors), "ending": ending,
                 "report": json.dumps(dataclasses.asdict(report))}
     with _atomic(path) as temporary:
         try:
@@ -1249,8 +1278,9 @@ def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyR
     return path
 
 
-def _read_backbone(path: Path, verify: bool) -> _Loaded:
-    """Map a file that `_save_backbone` wrote; it is replaced whole, so the map can't change."""
+def _read_backbone(path: Path) -> tuple[dict[str, torch.Tensor], KeyReport, dict[str, str]]:
+    """Map a file that `_save_backbone` wrote: tensors, report, metadata. Such a file is replaced
+    whole, so the map can't change."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as file:
@@ -1258,17 +1288,29 @@ def _read_backbone(path: Path, verify: bool) -> _Loaded:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("written_by") != EXPORT_MARK:
             raise ValueError("export_backbone didn't write it")
-        crc32, report = metadata["crc32"], KeyReport(**json.loads(
-            metadata["report"], object_hook=lambda fields: {
-                k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+        report = _parse_report(metadata["report"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"it is no exported backbone ({error}): export it anew") from None
+        raise CheckpointError(f"it is no exported backbone, or one of another version ({error}): "
+                              "export it anew") from None
     layout = {name: (tensor.shape, tensor.dtype) for name, tensor in _backbone_layout().items()}
     if {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()} != layout:
         raise CheckpointError("its tensors are not those of a ResNet50 backbone")
-    if verify and _crc32(tensors) != crc32:
-        raise CheckpointError("its tensors are not those it was written with (CRC-32)")
-    return tensors, report
+    return tensors, report, metadata
+
+
+def _parse_report(text: str) -> KeyReport:
+    """Return the report that a file holds as JSON; ValueError or TypeError if it can't be ours."""
+    report = KeyReport(**json.loads(text, object_hook=lambda fields: {
+        k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}))
+    blank = KeyReport("", "")
+    if any(type(value) is not type(getattr(blank, name)) for name, value in vars(report).items()):
+        raise ValueError("its report has a field of another type")
+    shown = (report.path, *report.missing_keys, *report.allow_extra, *report.notes, *(
+        text for group, (_, words) in report.groups.items() for text in (group, words)))
+    if not (all(isinstance(text, str) and text.isprintable() for text in shown)
+            and report.method in (*METHODS, *CONTROLS) and report.loaded == report.expected == 318):
+        raise ValueError("its report is not one that load_backbone makes")
+    return report
 
 
 def _is_exported(path: Path) -> bool:
@@ -1279,7 +1321,7 @@ def _is_exported(path: Path) -> bool:
 
 def _load_exported(method: str | None, path: Path) -> _Loaded:
     """Return tensors and report of an exported backbone, verified."""
-    tensors, report = _read_backbone(path, verify=False)
+    tensors, report, _ = _read_backbone(path)
     _agree(method, report.method)
     if _fingerprint(tensors) != report.fingerprint:
         raise CheckpointError("its tensors are not those it was written with (fingerprint)")
@@ -1290,16 +1332,29 @@ def _load_exported(method: str | None, path: Path) -> _Loaded:
 
 
 def _cache_path(path: Path) -> Path:
-    return path.with_name(path.name + ".backbone.safetensors")
+    return Path(f"{path}.backbone.safetensors")
 
 
-def _load_cache(path: Path, allow_extra: tuple[str, ...], verify: bool) -> _Loaded | None:
-    """Return a file's converted backbone, or None: it is then written anew from the original."""
+def _ending(path: Path) -> str:
+    """SHA-256 of a file's size and last 256 KiB. There a zip lists the CRCs of its records: other
+    weights have another ending, also under the same size and time stamp."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - (1 << 18), 0))
+        return hashlib.sha256(b"%d " % size + file.read()).hexdigest()
+
+
+def _load_cache(
+    method: str, path: Path, allow_extra: tuple[str, ...], verify: bool,
+) -> _Loaded | None:
+    """Return a file's converted backbone, or None: it is then written anew from the original,
+    which also knows better words for a mix-up."""
     with contextlib.suppress(CheckpointError, OSError):
-        original, cached = path.stat(), _cache_path(path).stat()
-        if original.st_mtime_ns == cached.st_mtime_ns:  # neither was touched since
-            tensors, report = _read_backbone(_cache_path(path), verify)
-            if report.size == original.st_size and {*report.allow_extra} <= {*allow_extra}:
+        if path.stat().st_mtime_ns == _cache_path(path).stat().st_mtime_ns:  # neither was touched
+            tensors, report, metadata = _read_backbone(_cache_path(path))
+            if (report.method == method and {*report.allow_extra} <= {*allow_extra}
+                    and metadata.get("ending") == _ending(path)
+                    and not (verify and _crc32(tensors) != metadata.get("crc32"))):
                 return tensors, report
     return None
 
@@ -4629,9 +4684,6 @@ def plot_confusion(run: Run) -> Figure:
 # =============================================================================
 # Demo
 # =============================================================================
-
-STAND_IN_MARK = "medssl_stand_in"  # a key of the wrapper that no published file has
-
 
 def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> Path:
     """Write a stand-in: a checkpoint with random weights in the layout of a method's file.

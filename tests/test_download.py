@@ -18,11 +18,13 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import drive_server
 import faulty_checkpoints as files
 import papermill
 import pytest
 import torch
 from drive_server import DriveServer, redirect_drive
+from notebook_cells import run_cells
 
 import medssl_utils as medssl
 from medssl_utils import CheckpointError, download_checkpoint
@@ -540,6 +542,40 @@ def test_an_address_that_is_none_is_named(tmp_path):
         fetch(tmp_path, url="no-address")
 
 
+@pytest.mark.parametrize(("target", "words"), [
+    ("/file", "Exceeded 30 redirects"), ("http://[::1", "Invalid IPv6"),
+    ("file:///etc/hosts", "No connection adapters")])
+def test_a_mirror_that_leads_astray_is_named_once(target, words, tmp_path, monkeypatch):
+    monkeypatch.setattr("drive_server._Handler._file", lambda handler, fault: handler._head(
+        302, {"Location": target, "Content-Length": "0"}))
+    with (DriveServer(BODY) as mirror,
+          pytest.raises(CheckpointError, match=f"{words}.*\nBy hand")):
+        fetch(tmp_path, url=mirror.url)
+    assert len(mirror.requests) == (31 if target == "/file" else 1) and names(tmp_path) == []
+
+
+@pytest.mark.parametrize("stated", [-1000, 1000])
+def test_a_mirror_that_states_another_length_gives_no_wrong_file(stated, tmp_path, monkeypatch):
+    head = drive_server._Handler._head
+
+    def lying(handler, status, fields):
+        length = int(fields["Content-Length"]) + stated
+        head(handler, status, {**fields, "Content-Length": str(length)})
+    with monkeypatch.context() as patch, DriveServer(BODY) as mirror:
+        patch.setattr(drive_server._Handler, "_head", lying)
+        with pytest.raises(CheckpointError, match="cut off" if stated < 0 else "10[0-9]{2} more"):
+            fetch(tmp_path, url=mirror.url, retries=0)
+    assert NAME not in names(tmp_path)
+    with DriveServer(BODY) as mirror:
+        assert fetch(tmp_path, url=mirror.url) == BODY
+
+
+def test_a_negative_number_of_retries_means_none(tmp_path):
+    with drive("503_always") as server, pytest.raises(CheckpointError, match="after 1 attempts"):
+        fetch(tmp_path, retries=-1)
+    assert len(server.requests) == 1
+
+
 def test_a_misspelt_method_is_named_with_the_nearest(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'SwAV'"):
         download_checkpoint("swav", tmp_path)
@@ -563,11 +599,20 @@ def test_recording_keeps_the_other_entries(tmp_path):
 
 @pytest.mark.parametrize("text", [
     "{", "[]", "[" * 99_999, '{"%s": 3}' % NAME, '{"%s": {"size": 1}}' % NAME,
-    '{"%s": {"sha256": "ef02", "size": 1}}' % NAME])
+    '{"%s": {"sha256": "ef02", "size": 1}}' % NAME,
+    '{"%s": {"sha256": "%s", "size": Infinity}}' % (NAME, SHA),
+    '{"%s": {"sha256": "%s", "size": 1, "allow_extra": [["a"]]}}' % (NAME, SHA)])
 def test_a_list_of_checksums_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / "checksums.json").write_text(text)
     with pytest.raises(CheckpointError, match="checksums.json is not a list of checksums"):
         fetch(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_list_of_checksums_may_be_saved_as_editors_of_windows_do(encoding, tmp_path):
+    text = json.dumps({NAME: {"sha256": SHA, "size": len(BODY)}})
+    (tmp_path / "checksums.json").write_text(text, encoding)
+    assert medssl._checksums(tmp_path)[NAME]["sha256"] == SHA
 
 
 @needs_fork
@@ -585,11 +630,19 @@ def test_a_download_writes_nothing_into_the_home_folder(tmp_path, monkeypatch):
     assert names(tmp_path / "home") == []
 
 
+def test_notebook_01_does_not_choose_between_two_sources(tmp_path):
+    with pytest.raises(ValueError, match="not both"):
+        run_cells("01_download_checkpoints", weights="published", checkpoints_dir=str(tmp_path),
+                  from_dir="downloads", mirror="http://127.0.0.1:9")
+    assert names(tmp_path) == []
+
+
 @pytest.mark.slow
 def test_notebook_01_fetches_published_files_and_compares_them(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     entry = {"sha256": SHA, "size": len(BODY)}
-    (tmp_path / "checkpoints" / "checksums.json").write_text(json.dumps({NAME: entry}))
+    listing = tmp_path / "checkpoints" / "checksums.json"
+    listing.write_text(json.dumps({NAME: entry}), "utf-8-sig")  # as some editors save it
     with DriveServer(BODY) as mirror:
         executed = medssl.run_notebook(NOTEBOOK, tmp_path / "01.ipynb", {
             "weights": "published", "methods": ["BYOL", "SwAV"], "mirror": mirror.address,

@@ -344,6 +344,9 @@ def test_tensors_that_share_numbers_are_refused(tmp_path):
     ({"method": "BYOL", "weights": "real"}, "weights 'real' is not known"),
     ({"method": "random", "weights": "standin"}, "Did you mean 'stand-in'"),
     ({"method": "BYOL", "cache": "Verify"}, "cache='Verify' is not known"),
+    ({"method": "checkpoints/byol"}, "looks like a file: give it as path="),
+    ({"method": Path("byol.ckpt")}, "looks like a file: give it as path="),
+    ({"path": "x.ckpt", "allow_extra": [["a"]]}, "names are expected, each a text"),
     ({}, "Give a method"),
 ])
 def test_unknown_settings_are_refused(arguments, words, tmp_path):
@@ -375,6 +378,7 @@ def test_the_report_shows_no_path_of_this_machine(byol, stand_ins):
 
 def test_every_tensor_of_a_stand_in_differs_from_a_fresh_network(byol):
     assert byol[1].changed == 318
+    assert "perhaps it was never trained" not in str(byol[1])
 
 
 def test_an_untrained_network_is_counted_as_unchanged_where_it_is(tmp_path):
@@ -382,6 +386,7 @@ def test_an_untrained_network_is_counted_as_unchanged_where_it_is(tmp_path):
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     report = medssl.load_backbone("SparK", saved(tmp_path / "x.pth", state, "module"))[1]
     assert report.changed == 53  # the convolutions are random, BatchNorm is as it begins
+    assert "perhaps it was never trained" in str(report)
 
 
 def test_the_fingerprint_is_of_the_weights_not_of_the_file(tmp_path):
@@ -417,11 +422,23 @@ def test_the_first_verified_load_records_the_checksum_and_then_other_weights_are
     path = saved(tmp_path / "spark_resnet50.pth", files.weights(), "module")
     report = medssl.load_backbone("SparK", weights="published", folder=tmp_path)[1]
     recorded = json.loads((tmp_path / "checksums.json").read_text())
-    assert recorded[path.name]["sha256"] == report.sha256 == medssl._sha256(path)
+    assert recorded[path.name]["sha256"] == report.sha256 == medssl._digest(path)
     assert (report.weights, report.demo) == ("published", False)
     saved(path, files.weights(1), "module")
     with pytest.raises(CheckpointError, match=f"at its first load it was {report.sha256}"):
         medssl.load_backbone("SparK", path)
+
+
+def test_a_file_recorded_by_another_process_meanwhile_is_held_against_that(tmp_path, monkeypatch):
+    path = saved(tmp_path / "spark_resnet50.pth", files.weights(), "module")
+    check = medssl._check_values
+
+    def other_first(tensors):
+        medssl._record_checksum(path, "0" * 64)
+        check(tensors)
+    monkeypatch.setattr(medssl, "_check_values", other_first)
+    with pytest.raises(CheckpointError, match=f"at its first load it was {'0' * 64}"):
+        medssl.load_backbone("SparK", weights="published", folder=tmp_path)
 
 
 def test_a_file_that_fails_a_check_is_not_recorded(tmp_path):
@@ -521,6 +538,28 @@ def test_an_original_of_the_same_age_but_another_size_outdates_the_cache(cached,
     assert same(medssl.load_backbone("SparK", cached)[0], files.weights(1))
 
 
+@pytest.mark.parametrize("cache", [True, "verify"])
+@pytest.mark.parametrize("old_format", [False, True])
+def test_other_weights_of_the_same_size_and_age_outdate_the_cache(cache, old_format, tmp_path):
+    paths = [tmp_path / "first.pth", tmp_path / "other.pth"]
+    for seed, path in enumerate(paths):
+        torch.save({"module": files.weights(seed)}, path,
+                   _use_new_zipfile_serialization=not old_format)
+        os.utime(path, ns=(1, 1))  # as an archive does whose files are all of one date
+    assert paths[0].stat().st_size == paths[1].stat().st_size
+    medssl.load_backbone("SparK", paths[0])
+    os.replace(paths[1], paths[0])
+    assert same(medssl.load_backbone("SparK", paths[0], cache=cache)[0], files.weights(1))
+
+
+def test_the_cache_of_a_renamed_file_reports_the_new_name(cached, monkeypatch):
+    read, renamed = reader_of_originals(monkeypatch), cached.with_name("mine.pth")
+    os.replace(medssl._cache_path(cached), medssl._cache_path(renamed))
+    os.replace(cached, renamed)
+    assert medssl.load_backbone("SparK", renamed)[1].path == "mine.pth"
+    assert read == []
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_damaged_cache_is_written_anew(hidden, cached):
     converted = medssl._cache_path(cached)
@@ -556,6 +595,15 @@ def test_the_cache_does_not_hide_a_mix_up(cached):
         medssl.load_backbone("BYOL", cached)
 
 
+def test_the_cache_does_not_tell_the_method_of_a_plain_resnet50(tmp_path):
+    path = saved(tmp_path / "plain.pth", files.weights())
+    medssl.load_backbone("SparK", path)
+    with pytest.raises(CheckpointError, match="nothing that tells the method"):
+        medssl.load_backbone(path=path)
+    with pytest.raises(CheckpointError, match="another ResNet50 may have the same"):
+        medssl.load_backbone("BYOL", path)
+
+
 def test_training_a_cached_backbone_leaves_the_cache_alone(cached):
     model, _ = medssl.load_backbone("SparK", cached)
     with torch.no_grad():
@@ -581,6 +629,12 @@ def test_a_full_disk_only_costs_the_cache(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_a_folder_in_the_place_of_a_file_is_named(path):
+    with pytest.raises(CheckpointError, match="it is a folder, not a file"):
+        medssl.load_backbone("SparK", path)
 
 
 def test_a_file_that_cannot_be_read_is_named(cached):
@@ -650,6 +704,30 @@ def test_a_web_page_under_the_name_of_an_export_is_called_so(tmp_path):
         medssl.load_backbone("BYOL", tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("change", [
+    {"notes": 5}, {"notes": ["\x1b[2K"]}, {"groups": [1]}, {"groups": {"a.": 1}}, {"loaded": 300},
+    {"method": "DINO"}, {"method": ["BYOL"]}, {"missing_keys": [1]}, {"of_tomorrow": 1}])
+def test_an_export_whose_report_is_not_ours_is_refused(change, exported, tmp_path):
+    with safe_open(exported, "pt") as file:
+        told = file.metadata()
+    told["report"] = json.dumps({**json.loads(told["report"]), **change})
+    save_file(load_file(exported), tmp_path / "x.safetensors", told)
+    with pytest.raises(CheckpointError, match="is no exported backbone.*: export it anew"):
+        medssl.load_backbone(path=tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x"])
+def test_a_name_by_which_an_export_could_not_be_loaded_is_refused(name, byol, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: the name .* must end in .safetensors"):
+        medssl.export_backbone(byol[0], tmp_path / name, byol[1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_is_no_state_dict_and_the_error_says_what_takes_it(exported):
+    with pytest.raises(CheckpointError, match="load_backbone takes what export_backbone wrote"):
+        medssl.load_state_dict(exported)
+
+
 def test_a_foreign_safetensors_file_is_refused(tmp_path):
     save_file({"a": torch.ones(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(CheckpointError, match="export_backbone didn't write"):
@@ -662,6 +740,8 @@ def test_a_trained_model_is_not_exported_under_the_checkpoints_report(byol, tmp_
         model.conv1.weight.add_(1)
     with pytest.raises(CheckpointError, match="no longer those of its report"):
         medssl.export_backbone(model, tmp_path / "x.safetensors", report)
+    with pytest.raises(CheckpointError, match="no longer those of its report"):
+        medssl.export_backbone(torch.nn.Sequential(model), tmp_path / "x.safetensors", report)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ def ask(method: str, have: int = 0, known: dict | None = None) -> tuple[int, dic
     """Ask Drive for the file from byte `have` on: (first byte sent, its origin, first bytes)."""
     url = medssl.CHECKPOINTS[method].url
     try:
-        with medssl._open(url, have, known or {}, timeout=60) as response:
+        with medssl._request(url, have, known or {}, timeout=60) as response:
             return *medssl._origin(response, url), response.raw.read1(512)
     except requests.RequestException as error:
         problem = error
