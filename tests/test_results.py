@@ -203,6 +203,16 @@ def test_bootstrap_interval_holds_the_score_and_follows_its_seed():
     assert one[0] < auc(scores) < one[1]
 
 
+def test_images_without_a_patient_are_drawn_one_by_one_whatever_the_patients_are_called():
+    assert len(set(medssl._units(4, np.array(["", "image 0", "image 0", ""])))) == 3
+
+
+def test_an_interval_without_a_defined_draw_is_undefined():
+    """Eleven images of eleven classes: a draw has all of them once in seven thousand."""
+    scores = np.random.default_rng(0).dirichlet(np.ones(11), 11)
+    assert medssl.bootstrap_interval(np.arange(11), scores, n_draws=100) is None
+
+
 def test_images_of_one_patient_are_drawn_together():
     weights = medssl._resampling(medssl._units(4, np.array(["p", "", "p", ""])), 50, 0)
     assert (weights[0] == weights[2]).all() and (weights[0] != weights[1]).any()
@@ -335,6 +345,29 @@ def test_a_test_set_of_one_patient_says_nothing_of_new_ones(tmp_path):
     assert here["difference_low"] < here["difference"] < here["difference_high"]
 
 
+@pytest.mark.parametrize("metric, defined", [("AUC", False), ("F1", False), ("ACC", True)])
+def test_a_single_image_of_a_class_says_nothing_of_new_ones(tmp_path, metric, defined):
+    for seed in range(3):
+        write_run(tmp_path, seed=seed, labels=(np.arange(60) == 7).astype(int))
+    row = medssl.compare_methods(medssl.load_runs(tmp_path), metric).iloc[0]
+    assert (row["n_test"], row["n_rarest"]) == (60, 1)
+    assert np.isfinite(row["mean"]) and np.isfinite(row["low"]) == defined
+
+
+def test_draws_that_are_all_undefined_do_not_pass_for_a_test_set_without_variance():
+    x = np.full((3, 51), np.nan)
+    x[:, 0] = 0.7, 0.8, 0.9
+    found = medssl._infer(x, 20, 0.95, 1)
+    assert found["mean"] == pytest.approx(0.8) and np.isnan([found["low"], found["p"]]).all()
+
+
+def test_the_rarest_class_is_counted_by_patient_and_in_both_values_of_a_label():
+    classes = np.array([0, 0, 1, 1, 1, 1])
+    assert medssl._rarest(classes, np.array([0, 1, 2, 2, 2, 2]), 2) == 1
+    several = np.array([[1, 0], [1, 0], [1, 1], [0, 1]])
+    assert medssl._rarest(several, np.arange(4), 2) == 1
+
+
 def test_one_kind_of_runs_that_lacks_a_setting_is_kept_apart_not_dropped(tmp_path):
     """As runs of an older version do."""
     write_run(tmp_path)
@@ -420,6 +453,18 @@ def test_summary_says_who_loses_least(scarce):
     assert "that BYOL loses least is not shown" in text
 
 
+@pytest.mark.parametrize("method", ["", "MoCo", "SwAV"])
+def test_that_a_method_loses_least_is_not_shown_while_another_has_no_loss(scarce, tmp_path, method):
+    """Not run at all, not with all labels, or none but the favourite itself."""
+    if method:
+        write_run(tmp_path, method, label_fraction=0.1, done=method == "MoCo")
+        runs = medssl.load_runs(tmp_path)
+    else:
+        runs = scarce[scarce["method"] == "SparK"]
+    text = medssl.describe_comparison(medssl.compare_methods(runs, loss=True, control="SparK"))
+    assert "loses least is shown" not in text
+
+
 def test_loss_needs_runs_with_all_labels(tmp_path):
     runs = write_study(tmp_path, {"random": 1}, label_fraction=0.5)
     with pytest.raises(ValueError, match="label_fraction 1"):
@@ -444,9 +489,24 @@ def test_summary_names_a_planted_winner_and_the_estimand(tmp_path):
     ((np.inf, 3.0), "This study is too small to show any difference reliably."),
 ])
 def test_summary_names_the_comparisons_that_can_show_nothing(detectable, said, tmp_path):
-    table = medssl.compare_methods(write_study(tmp_path, {"random": 1, "BYOL": 1, "SparK": 1}))
+    table = medssl.compare_methods(write_study(tmp_path, dict.fromkeys(
+        ("random", "BYOL", "SparK"), 0.2)))
     table.loc[table["method"] != "random", "detectable"] = detectable
     assert said in medssl.describe_comparison(table)
+
+
+def test_summary_says_when_the_detectable_difference_is_more_than_can_be_gained(tmp_path):
+    table = medssl.compare_methods(write_study(tmp_path, {"random": 1, "BYOL": 1}))
+    table["detectable"], table.loc[0, "mean"] = 0.5, 0.9
+    assert "difference of 0.50 four times in five, but random can be beaten by 0.10 at most." in (
+        medssl.describe_comparison(table))
+
+
+def test_summary_names_the_methods_that_have_no_run_to_compare(tmp_path):
+    write_study(tmp_path, {"random": 1, "BYOL": 1})
+    write_run(tmp_path, "SparK", done=False)
+    text = medssl.describe_comparison(medssl.compare_methods(medssl.load_runs(tmp_path)))
+    assert "1 of the labels: not compared, for lack of finished runs: SparK." in text
 
 
 def test_summary_knows_that_less_is_better_for_brier(tmp_path):
@@ -482,6 +542,21 @@ def test_equal_methods_raise_few_alarms(shares):
     assert shares["alarm"] <= 6 and shares["any"] <= 6, shares
 
 
+def test_a_rare_class_raises_no_more_alarms():
+    """Two methods with one true AUC, ten seeds, 3 ill among 60: counted as 60 images that speak
+    for a new test set they would raise 11 %. Small for speed: 300 studies."""
+    rng, labels = np.random.default_rng(0), np.arange(60) < 3
+    alarms = []
+    for draw in range(300):
+        images = rng.normal(size=(2, 60)) * 0.8 + rng.normal(size=60) * 0.5
+        scores = images[:, None] + 0.3 * rng.normal(size=(2, 10, 60)) + 1.2 * labels
+        weights = medssl._resampling(np.arange(60), 100, draw)
+        x = np.array([[medssl._weighted_auc(labels, s, weights) for s in m] for m in scores])
+        size = medssl._rarest(labels.astype(int), np.arange(60), 2)
+        alarms.append(medssl._infer(x[1] - x[0], size, 0.95, 1)["p"] < 0.05)
+    assert np.mean(alarms) <= 0.06
+
+
 def test_a_bootstrap_of_the_seeds_alone_would_promise_too_much(shares):
     assert shares["percentile"] < 85, shares
 
@@ -502,11 +577,24 @@ def test_a_planted_difference_is_found_with_seeds_and_images_enough(bench):
     ({"epochs": 9}, "differ in epochs"),
     ({"batch_size": 9}, "differ in batch_size"),
     ({"subset_fingerprint": "other"}, "different labelled images"),
+    ({"environment": {"precision": "bf16"}}, "differ in used_precision"),
+    ({"stamp": None}, "never compared with real"),
 ])
 def test_what_must_not_be_mixed_is_refused(tmp_path, change, words):
     write_run(tmp_path, "random")
     write_run(tmp_path, "BYOL", **change)
     with pytest.raises(ValueError, match=words):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"groups": np.array(["p"] * 60)}, "other groups"), ({"labels": 1 - LABELS}, "other labels"),
+])
+def test_runs_that_disagree_about_their_test_images_are_refused(tmp_path, change, words):
+    """Patients are no part of the test set's fingerprint."""
+    write_run(tmp_path, "random")
+    write_run(tmp_path, "BYOL", **change)
+    with pytest.raises(ValueError, match=f"BYOL_0 and random_0 .* {words}|random_0 .* {words}"):
         medssl.compare_methods(medssl.load_runs(tmp_path))
 
 
