@@ -3880,11 +3880,12 @@ def compare_methods(
 
     Returns:
         A row per dataset, `by`, label_fraction and method: n_test (patients where known, else
-        images), n_rarest (of them, those of the rarest class), unit (what they are), n seeds, mean, sd, [low, high], values; n_pairs, difference to the control, its
-        sd and interval, p, p_holm (Holm 1979, over all differences of this table), and
-        detectable: the difference that would have been shown with a chance of 80 % at Holm's
-        strictest level. NaN is undefined; one seed has no spread. What was asked for is in
-        `.attrs`; `describe_comparison` puts the table into words.
+        images: see unit), n_rarest (how many of them have the rarest class), n seeds, mean, sd,
+        [low, high], values; n_pairs, difference to the control, its sd and interval, p, p_holm
+        (Holm 1979, over all differences of this table), and detectable: the difference that would
+        have been shown with a chance of 80 % at Holm's strictest level. NaN is undefined; one seed
+        has no spread. What was asked for is in `.attrs`; `describe_comparison` puts the table into
+        words.
 
     Raises:
         ValueError: runs that must not be mixed, or an unknown metric, control or column.
@@ -3973,7 +3974,7 @@ def _tabulate(
         facts = dict(zip(cell, key))
         seeds = {m: p.droplevel([*cell, "method"]) for m, p in part.groupby("method")}
         if control not in seeds:
-            raise ValueError(f"No run of the control {control!r} for {facts}. "
+            raise ValueError(f"No run of the control {control!r} for {key[:-3]}. "
                              f"Run it, or choose a control among: {', '.join(seeds)}.")
         for method, x in seeds.items():
             pairs = x.sub(seeds[control]).dropna(how="all")[:None if method != control else 0]

@@ -649,31 +649,137 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
 def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp_path):
     write_study(tmp_path, {"random": 1, "BYOL": 1})
     runs = write_study(tmp_path, {"random": 1, "BYOL": 1}, label_fraction=0.25)
-    names = run_cells("05_compare_results", "import medssl_utils", "def draw_curves(", device="cpu",
-                      unit="patients")
-    axis = names["draw_curves"](medssl.compare_methods(runs)).axes[0]
+    names = run_cells("05_compare_results", "import medssl_utils", "def say(", "def draw_curves(",
+                      device="cpu")
+    figure = names["draw_curves"](medssl.compare_methods(runs))
+    axis = figure.axes[0]
     title = axis.get_title()
     assert title.startswith("DEMO")
-    for words in ("3 seeds", "95% interval", "new test set", "60 test patients"):
+    for words in ("3 seeds", "95% interval (Student's t)", "new test set", "60 test images"):
         assert words in title
-    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["random", "BYOL"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["random", "BYOL"]
     assert axis.get_lines()[0].get_color() == medssl.METHOD_COLORS["random"]
 
 
 @pytest.mark.parametrize("known, unit", [
     (60, "patients"), (30, "patients or images"), (0, "images"),
 ])
-def test_notebook_05_names_what_its_intervals_are_over(known, unit, tmp_path):
+def test_comparison_names_what_its_intervals_are_over(known, unit, tmp_path):
     groups = np.array([f"patient {i // 2}" if i < known else "" for i in range(60)])
-    for method in ("random", "BYOL"):
-        for seed in range(2):
-            path = write_run(tmp_path, method, seed, groups=groups)
+    write_run(tmp_path, "random", groups=groups)
+    assert medssl.compare_methods(medssl.load_runs(tmp_path))["unit"].item() == unit
+
+
+# --- the whole of notebook 05 ------------------------------------------------------------------
+
+def write_toy_study(folder, strengths, seeds=3, labels=LABELS, names=("ill", "well"), **changes):
+    """Runs that notebook 05 can read; returns the folder."""
+    for i, (method, strength) in enumerate(strengths.items()):
+        for seed in range(seeds):
+            path = write_run(folder, method, seed, draw_scores(strength, [i, seed], labels),
+                             labels=labels, **{"class_names": names, "stamp": "", **changes})
             (path / "history.csv").write_text("epoch\n0\n")
-    runs = medssl.load_runs(tmp_path)
-    names = run_cells("05_compare_results", "import medssl_utils", "table = medssl.compare",
-                      device="cpu", runs=runs, done=runs, metric="AUC", control="random",
-                      estimand=medssl.ESTIMANDS[0], per="image", by=[])
-    assert names["unit"] == unit
+    return folder
+
+
+def read_05(folder, **parameters):
+    return run_cells("05_compare_results", study_dir=str(folder), **parameters)
+
+
+def title_of(figure):
+    return (figure.get_suptitle() or figure.axes[0].get_title()).replace("\n", " ")
+
+
+def test_05_names_who_is_worse_and_counts_the_seeds_that_are_missing(tmp_path, capsys):
+    write_toy_study(tmp_path, {"random": 2.5, "BYOL": 0.1, "SparK": 2.5}, seeds=5)
+    write_toy_study(tmp_path, {"random": 2.5, "BYOL": 0.1}, seeds=5, label_fraction=0.5)
+    read_05(tmp_path)
+    said = capsys.readouterr().out
+    assert "No run of the control 'SparK' for ('toy', 0.5)." in said  # its loss; the rest goes on
+    found = said.split("- 25 finished runs, ")[1]
+    assert found.startswith("0 to 5 seeds in each cell.")
+    assert "0 of 3 comparisons show a method better than random.\n" in found
+    assert "worse than random: BYOL (toy, 0.5), BYOL (toy, 1)." in found
+    assert "No difference is shown" not in found
+
+
+def test_05_says_that_nothing_could_be_tested_with_one_seed(tmp_path, capsys):
+    figures = read_05(write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, seeds=1))["figures"]
+    found = capsys.readouterr().out
+    assert "comparisons show" not in found and "Nothing could be tested" in found
+    for name in ("curves_toy", "differences"):
+        assert "1 seed, " in title_of(figures[name])
+        assert "no interval can be given" in title_of(figures[name])
+
+
+def test_05_draws_what_is_kept_apart_in_figures_of_its_own(tmp_path):
+    for recipe in ("linear", "recommended"):
+        write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, recipe=recipe)
+    names = read_05(tmp_path, by=["recipe"])
+    for recipe in ("linear", "recommended"):
+        assert title_of(names["figures"][f"curves_toy_{recipe}"]).startswith(f"toy, {recipe}:")
+    for name in ("calibration", "classes"):
+        assert title_of(names["figures"][name]).startswith("toy, linear, 1 of the labels")
+    assert {method: len(runs) for method, runs in names["loaded"].items()} == {
+        "random": 3, "BYOL": 3}
+    names["view"]("toy", "AUC", "random", ["random", "BYOL"], [1.0])
+    assert len(names["displayed"][-1].axes[0].containers) == 2  # one for each method
+
+
+def test_05_says_what_is_counted_and_marked_in_the_figure_of_differences(tmp_path):
+    write_toy_study(tmp_path, {"random": 0.1, "BYOL": 0.2, "SparK": 2.5}, seeds=5)
+    patients = np.array([f"p{i // 4}_{i % 2}" for i in range(60)])
+    write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, seeds=5, dataset="other",
+                    groups=patients, test_fingerprint="other")
+    figure = read_05(tmp_path)["figures"]["differences"]
+    assert title_of(figure) == (
+        "5 seeds, 30 test patients of other, 60 test images of toy 95% intervals (Student's t), "
+        "each by itself, for a new seed and new test set filled: shown after Holm's correction "
+        "for 3 comparisons")
+    marks = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    assert [line.get_markerfacecolor() == "white" for line in marks] == [True, True, False]
+    low, high = figure.axes[0].get_xlim()
+    assert low == -high and figure.axes[0].get_ylim() == (2.5, -0.5)
+
+
+def test_05_shows_no_recall_of_a_class_without_test_images(tmp_path):
+    labels = np.zeros(60, int)
+    figure = read_05(write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, labels=labels),
+                     metric="ACC")["figures"]["classes"]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["ill (60)", "well (0)"]
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert np.isnan(heights[1::2]).all() and not np.isnan(heights[::2]).any()
+
+
+def test_05_refuses_a_study_of_the_control_alone(tmp_path):
+    with pytest.raises(ValueError, match="Only random has finished runs here"):
+        read_05(write_toy_study(tmp_path, {"random": 1}))
+
+
+PUBLISHED = "dataset,metric,label_fraction,value,source\n"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("dataset,value\ntoy,0.9\n", r"lacks the columns \['metric', 'label_fraction', 'source'\]"),
+    (PUBLISHED + "toy,AUC,1,97.5,A 2020\n", "between 0 and 1, as 0.975"),
+])
+def test_05_refuses_published_values_that_it_cannot_place(tmp_path, text, words):
+    file = tmp_path / "published.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_05(write_toy_study(tmp_path / "runs", {"random": 1, "BYOL": 1}), published=str(file))
+
+
+def test_05_draws_published_values_as_such_and_counts_them(tmp_path, capsys):
+    file = tmp_path / "published.csv"
+    file.write_text(PUBLISHED + "toy,AUC,0.5,0.8,A 2020\ntoy,AUC,1,0.9,A 2020\n"
+                    "toy,ACC,1,0.7,A 2020\nelsewhere,AUC,1,0.7,A 2020\n")
+    figure = read_05(write_toy_study(tmp_path / "runs", {"random": 1, "BYOL": 1}),
+                     published=str(file))["figures"]["curves_toy"]
+    assert "2 published values of AUC for this data stand beside." in capsys.readouterr().out
+    line = next(x for x in figure.axes[0].get_lines() if x.get_label() == "A 2020 (published)")
+    assert list(line.get_xdata()) == [0.5, 1] and list(line.get_ydata()) == [0.8, 0.9]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["0.5", "1"]
 
 
 def test_a_folder_without_runs_is_named_with_the_studies_beside_it(tmp_path):

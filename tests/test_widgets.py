@@ -105,7 +105,7 @@ def explorer(tmp_path_factory):
     write_study(folder, {"random": 0.5, "SparK": 3.0})
     write_study(folder, {"random": 0.3, "SparK": 2.0}, label_fraction=0.5)
     cells = read_cells("05_compare_results")
-    scope = {"study_dir": str(folder), "widgets": True, "unit": "images"}
+    scope = {"study_dir": str(folder), "widgets": True}
     wanted = {line.split(":")[0] for line in cells[0].splitlines()} - set(scope)
     defaults = {}
     exec(cells[0], defaults)
