@@ -649,7 +649,7 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
 def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp_path):
     write_study(tmp_path, {"random": 1, "BYOL": 1})
     runs = write_study(tmp_path, {"random": 1, "BYOL": 1}, label_fraction=0.25)
-    names = run_cells("05_compare_results", "import medssl_utils", "def say(", "def draw_curves(",
+    names = run_cells("05_compare_results", "import medssl_utils", "def seeds(", "def draw_curves(",
                       device="cpu")
     figure = names["draw_curves"](medssl.compare_methods(runs))
     axis = figure.axes[0]

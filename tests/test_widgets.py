@@ -110,7 +110,7 @@ def explorer(tmp_path_factory):
     defaults = {}
     exec(cells[0], defaults)
     return run_cells("05_compare_results", "import medssl_utils", "def choose(", "runs = choose(",
-                     "def say(", "def draw_curves(", "def view(", "explorer =",
+                     "def seeds(", "def say(", "def draw_curves(", "def view(", "explorer =",
                      **{n: defaults[n] for n in wanted}, **scope)
 
 
