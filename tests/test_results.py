@@ -619,6 +619,13 @@ def test_recipes_stand_side_by_side_when_asked_for(tmp_path):
     assert list(table["recipe"]) == ["demo", "linear"]
 
 
+def test_precisions_stand_side_by_side_when_asked_for(tmp_path):
+    for precision in ("bf16", "fp32"):
+        write_run(tmp_path, environment={"precision": precision})
+    table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["used_precision"])
+    assert list(table["used_precision"]) == ["bf16", "fp32"]
+
+
 def test_demo_and_real_are_not_mixed_even_when_asked_for(tmp_path):
     write_run(tmp_path)
     with pytest.raises(ValueError, match="by 'stamp' is not known"):
@@ -780,6 +787,15 @@ def test_05_draws_published_values_as_such_and_counts_them(tmp_path, capsys):
     line = next(x for x in figure.axes[0].get_lines() if x.get_label() == "A 2020 (published)")
     assert list(line.get_xdata()) == [0.5, 1] and list(line.get_ydata()) == [0.8, 0.9]
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["0.5", "1"]
+
+
+@pytest.mark.parametrize("per, number", [("image", 2), ("patient", 0)])
+def test_05_puts_values_published_per_image_beside_no_other(tmp_path, per, number, capsys):
+    patients = np.array([f"p{i // 4}_{i % 2}" for i in range(60)])
+    write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, dataset="covid_ct", groups=patients)
+    figure = read_05(tmp_path, per=per)["figures"]["curves_covid_ct"]
+    assert f"{number} published values of AUC" in capsys.readouterr().out
+    assert sum("(published)" in t.get_text() for t in figure.legends[0].get_texts()) == number
 
 
 def test_a_folder_without_runs_is_named_with_the_studies_beside_it(tmp_path):
