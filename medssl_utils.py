@@ -4115,7 +4115,8 @@ def describe_comparison(table: pd.DataFrame) -> str:
             lines.append(f"{where} not compared, for lack of finished runs: {', '.join(absent)}.")
         if facts["loss"] and len(part) and whole["mean"].notna().all():
             least = whole.loc[whole["mean"].idxmin(), "method"]
-            proven = len(shown) == len(part) and (part["difference"] > 0).all() and not absent
+            proven = (least == control and (part["difference"] > 0).all()
+                      and len(shown) == len(part) and not absent)
             lines.append(f"{where} {least} has the smallest mean loss, {whole['mean'].min():+.3f}; "
                          f"that {control} loses least is {'' if proven else 'not '}shown.")
     return "\n".join(lines)
