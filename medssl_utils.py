@@ -3751,12 +3751,12 @@ def bootstrap_interval(
         level: coverage aimed at, in (0, 1).
 
     Returns:
-        Lower and upper end, or None where the score itself is undefined.
+        Lower and upper end, or None where the score is undefined, for these images or in all draws.
     """
     check_choice(metric, SCORES, "metric")
     weights = _resampling(_units(len(labels), groups), n_draws, seed)
     values = _weighted_score(metric, labels, scores, weights, threshold)
-    if np.isnan(values[0]):
+    if np.isnan(values[0]) or np.isnan(values[1:]).all():
         return None
     low, high = np.nanquantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -3764,8 +3764,10 @@ def bootstrap_interval(
 
 def _units(n: int, groups: np.ndarray | None) -> np.ndarray:
     """Return (N,) int: what is drawn as a whole, the patient where known, else the image."""
-    images = np.array([f"image {i}" for i in range(n)])
-    units = images if groups is None else np.where(groups == "", images, groups)
+    if groups is None:
+        return np.arange(n)
+    patients = np.unique(groups, return_inverse=True)[1]
+    units = np.where(groups == "", n + np.arange(n), patients)
     return np.unique(units, return_inverse=True)[1]
 
 
@@ -3836,7 +3838,7 @@ def _weighted_auc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray)
 
 ESTIMANDS = ("new seed and new test set", "new seed on this test set")
 RATES = ("lr", "backbone_lr")  # may be chosen for each method
-MUST_AGREE = ("test_fingerprint", "dataset_fingerprint", *(
+MUST_AGREE = ("test_fingerprint", "dataset_fingerprint", "used_precision", *(
     f.name for f in dataclasses.fields(FineTuneConfig) if f.name not in RATES))
 RESULT_COLUMNS = (
     "dataset", "method", "label_fraction", "seed", "stamp", "weights", "n_train", *MUST_AGREE,
@@ -3882,6 +3884,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
     rows = []
     for path in sorted(Path(folder).rglob("config.json")):
         config = _read_json(path)
+        config["used_precision"] = config.get("environment", {}).get("precision")  # of "auto"
         row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
         done = path.with_name("metrics.json")
         if done.exists():
@@ -3913,8 +3916,10 @@ def compare_methods(
     study (Obuchowski and Rockette 1995): the variance of a mean over n seeds is sd^2 / n, plus,
     for a new test set, the covariance that seeds share because they met the same test images,
     which is bootstrapped over patients or images. Quantiles are Student's, of both parts weighted
-    by their variance (Cochran and Cox 1957); bench/simulate_studies.py shows the coverage.
-    Neither estimand speaks of another pool of training images.
+    by their variance (Cochran and Cox 1957); bench/simulate_studies.py shows the coverage. A test
+    set knows as much as its rarest class, except for ACC and Brier: with less than ten of a class,
+    expect a method's own interval (not a difference's) to cover some percent less than it says.
+    Neither estimand speaks of another pool of training images or of pre-training anew.
 
     Args:
         runs: from `load_runs`; unfinished runs are left out.
@@ -3930,11 +3935,12 @@ def compare_methods(
 
     Returns:
         A row per dataset, `by`, label_fraction and method: n_test (patients where known, else
-        images), n seeds, mean, sd, [low, high], values; n_pairs, difference to the control, its
-        sd and interval, p, p_holm (Holm 1979, over all differences of this table), and
-        detectable: the difference that would have been shown with a chance of 80 % at Holm's
-        strictest level. NaN is undefined; one seed has no spread. What was asked for is in
-        `.attrs`; `describe_comparison` puts the table into words.
+        images: see unit), n_rarest (how many of them have the rarest class), n seeds, mean, sd,
+        [low, high], values; n_pairs, difference to the control, its sd and interval, p, p_holm
+        (Holm 1979, over all differences of this table), and detectable: the difference that would
+        have been shown with a chance of 80 % at Holm's strictest level. NaN is undefined; one seed
+        has no spread. What was asked for is in `.attrs`; `describe_comparison` puts the table into
+        words.
 
     Raises:
         ValueError: runs that must not be mixed, or an unknown metric, control or column.
@@ -3952,17 +3958,19 @@ def compare_methods(
         if done[column].isna().any():
             done = done.assign(**{column: done[column].map(str, na_action="ignore").fillna(
                 "not recorded")})
-    cell = ["dataset", *by, "label_fraction", "n_test"]
+    cell = ["dataset", *by, "label_fraction", "n_test", "n_rarest", "unit"]
     draws = _draw_scores(done, [*cell, "method", "seed"], metric, per, n_draws, seed)
     if loss:
         draws = _losses(draws) * (-1 if metric == "Brier" else 1)
-    table = _tabulate(draws, cell, control, level=level, images=estimand == ESTIMANDS[0])
+    size = "n_test" if metric in ("ACC", "Brier") else "n_rarest"
+    table = _tabulate(draws, cell, control, size * (estimand == ESTIMANDS[0]), level)
     if not loss:
         table[["low", "high"]] = table[["low", "high"]].clip(0, 1)
     if (tested := table["p"].notna()).any():
         table.loc[tested, "p_holm"] = multipletests(table.loc[tested, "p"], method="holm")[1]
     table.attrs = {"metric": metric, "control": control, "loss": loss, "estimand": estimand,
-                   "per": per, "by": list(by), "level": level, "stamp": done["stamp"].iloc[0]}
+                   "per": per, "by": list(by), "level": level, "stamp": done["stamp"].iloc[0],
+                   "methods": runs.groupby("dataset")["method"].agg(set).map(sorted).to_dict()}
     return table
 
 
@@ -3970,7 +3978,7 @@ def _draw_scores(
     done: pd.DataFrame, index: list[str], metric: str, per: str, n_draws: int, seed: int,
 ) -> pd.DataFrame:
     """Return a row a run: its score in column 0, then under each draw of the test images."""
-    values, weights, n_test = {}, {}, {}
+    values, tests, facts = {}, {}, {}
     for row, run in done.iterrows():
         found = _read_predictions(run["folder"])
 
@@ -3985,31 +3993,49 @@ def _draw_scores(
         if metric in ("sensitivity", "specificity"):
             threshold = choose_threshold(*part("val_")[:2])
         key = run["test_fingerprint"]
-        if key not in weights:
+        if key not in tests:
             units = _units(len(labels), groups)
-            weights[key], n_test[key] = _resampling(units, n_draws, seed), units.max() + 1
-        values[row] = _weighted_score(metric, labels, scores, weights[key], threshold)
-    levels = done.assign(n_test=done["test_fingerprint"].map(n_test))[index]
+            tests[key] = run["folder"].name, found, _resampling(units, n_draws, seed)
+            known = per == "patient" or groups != ""
+            unit = "patients" if np.all(known) else (
+                "patients or images" if known.any() else "images")
+            facts[key] = units.max() + 1, _rarest(labels, units, scores.shape[1]), unit
+        name, first, weights = tests[key]
+        for what in ("ids", "labels", "groups"):
+            if not np.array_equal(found[what], first[what]):
+                raise ValueError(f"{run['folder'].name} and {name} have the same test images but "
+                                 f"other {what}. Run both with the same list of images.")
+        values[row] = _weighted_score(metric, labels, scores, weights, threshold)
+    facts = pd.DataFrame.from_dict(facts, "index", columns=["n_test", "n_rarest", "unit"])
+    levels = done.join(facts.rename_axis("test_fingerprint"), on="test_fingerprint")[index]
     return pd.DataFrame(np.stack(list(values.values())), pd.MultiIndex.from_frame(levels))
 
 
+def _rarest(labels: np.ndarray, units: np.ndarray, classes: int) -> int:
+    """Return how many patients or images have the rarest class, or the rarer value of a label."""
+    truth = labels > 0 if labels.ndim == 2 else labels[:, None] == np.arange(classes)
+    return min(len(np.unique(units[side])) for column in truth.T for side in (column, ~column)
+               if side.any())
+
+
 def _tabulate(
-    draws: pd.DataFrame, cell: list[str], control: str, **options: Any,
+    draws: pd.DataFrame, cell: list[str], control: str, size: str, level: float,
 ) -> pd.DataFrame:
-    """Return a row per cell and method: its own mean, and its paired difference to the control."""
+    """Return a row per cell and method: its own mean, and its paired difference to the control.
+    `size` is the level that counts test units, "" if the test set is this one."""
     family = len(draws.groupby([*cell, "method"])) - len(draws.groupby(cell))
     rows = []
     for key, part in draws.groupby(cell):
+        facts = dict(zip(cell, key))
         seeds = {m: p.droplevel([*cell, "method"]) for m, p in part.groupby("method")}
         if control not in seeds:
-            raise ValueError(f"No run of the control {control!r} for {dict(zip(cell, key))}. "
+            raise ValueError(f"No run of the control {control!r} for {key[:-3]}. "
                              f"Run it, or choose a control among: {', '.join(seeds)}.")
         for method, x in seeds.items():
             pairs = x.sub(seeds[control]).dropna(how="all")[:None if method != control else 0]
-            own, other = (_infer(a.to_numpy(), key[-1], family=family, **options)
-                          for a in (x, pairs))
+            own, other = (_infer(a.to_numpy(), facts.get(size), level, family) for a in (x, pairs))
             rows.append({
-                **dict(zip(cell, key)), "method": method, "n": len(x), "mean": own["mean"],
+                **facts, "method": method, "n": len(x), "mean": own["mean"],
                 "sd": own["sd"], "low": own["low"], "high": own["high"], "values": tuple(x[0]),
                 "n_pairs": len(pairs), "difference": other["mean"], "difference_sd": other["sd"],
                 "difference_low": other["low"], "difference_high": other["high"],
@@ -4032,10 +4058,13 @@ def _losses(draws: pd.DataFrame) -> pd.DataFrame:
     return full.loc[partner].to_numpy() - rest
 
 
-def _infer(
-    x: np.ndarray, n_test: int, *, level: float, family: int, images: bool,
-) -> dict[str, float]:
-    """Estimate a mean over seeds from (n, 1 + D) values and draws; see `compare_methods`."""
+def _infer(x: np.ndarray, size: int | None, level: float, family: int) -> dict[str, float]:
+    """Estimate a mean over seeds from (n, 1 + D) values and draws; see `compare_methods`.
+
+    Args:
+        size: how many patients or images speak for a new test set; None for this test set.
+        family: comparisons that Holm's correction counts.
+    """
     from scipy import optimize, special
 
     found = dict.fromkeys(("mean", "sd", "low", "high", "p", "detectable"), np.nan)
@@ -4043,24 +4072,25 @@ def _infer(
     if n == 0 or np.isnan(values).any():
         return found
     found["mean"] = values.mean()
-    if n == 1 or images and n_test == 1:
+    draws = draws[:, ~np.isnan(draws).any(0)]
+    if n == 1 or size is not None and (size == 1 or draws.shape[1] < 2):
         return found
     parts = np.array([values.var(ddof=1) / n, 0.0])
-    if images:
-        cov = np.cov(draws[:, ~np.isnan(draws).any(0)])                              # (n, n)
+    if size is not None:
+        cov = np.cov(draws)                                                          # (n, n)
         parts[1] = max(0.0, (cov.sum() - cov.trace()) / (n * (n - 1)))
     error = math.sqrt(parts.sum())
 
     def quantile(tail: float) -> float:
-        return -(parts @ special.stdtrit([n - 1, max(n_test - 1, 1)], tail)) / parts.sum()
+        return -(parts @ special.stdtrit([n - 1, (size or 2) - 1], tail)) / parts.sum()
 
     found |= {"sd": values.std(ddof=1), "p": np.nan if found["mean"] else 1.0}
     if error > 0:
-        half, size = quantile((1 - level) / 2) * error, abs(found["mean"]) / error
-        certain = quantile(5e-13) < size
+        half, t = quantile((1 - level) / 2) * error, abs(found["mean"]) / error
+        certain = quantile(5e-13) < t
         found |= {
             "low": found["mean"] - half, "high": found["mean"] + half,
-            "p": 1e-12 if certain else optimize.brentq(lambda p: quantile(p / 2) - size, 1e-12, 1),
+            "p": 1e-12 if certain else optimize.brentq(lambda p: quantile(p / 2) - t, 1e-12, 1),
             "detectable": (quantile((1 - level) / 2 / max(family, 1)) + quantile(0.2)) * error}
     return found
 
@@ -4069,8 +4099,9 @@ def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
     """Raise ValueError if the runs cannot stand in one comparison, naming what differs."""
     if done.empty:
         raise ValueError("None of these runs is finished, so there is nothing to compare.")
-    if done["stamp"].nunique() > 1:
-        raise ValueError(f"These runs mix {sorted(s or 'real' for s in done['stamp'].unique())}: "
+    stamps = done["stamp"].fillna("not stamped").unique()
+    if len(stamps) > 1:
+        raise ValueError(f"These runs mix {sorted(s or 'real' for s in stamps)}: "
                          "demo or shortened runs are never compared with real ones. "
                          "Keep each kind in a study of its own.")
     for column in by:
@@ -4099,11 +4130,11 @@ def describe_comparison(table: pd.DataFrame) -> str:
     """Say in plain words what a table of `compare_methods` shows, and what it does not show."""
     facts = table.attrs
     metric, control, alpha = facts["metric"], facts["control"], 1 - facts["level"]
-    others = table[table["method"] != control]
+    count = table["p"].count()
     what = f"loss of {metric} with fewer labels" if facts["loss"] else metric
     lines = [f"{facts['stamp']} {what}, scored per {facts['per']}, held against {control}; "
              f"{facts['level']:.0%} intervals for a {facts['estimand']}; p after Holm's correction "
-             f"for {others['p'].count()} comparisons.".lstrip()]
+             f"for {count} comparison{'' if count == 1 else 's'}.".lstrip()]
     for key, whole in table.groupby(["dataset", *facts["by"], "label_fraction"], sort=False):
         part = whole[whole["method"] != control]
         where = f"{', '.join(map(str, key[:-1]))}, {key[-1]:g} of the labels:"
@@ -4118,19 +4149,29 @@ def describe_comparison(table: pd.DataFrame) -> str:
         if len(unclear):
             size = unclear["detectable"].max()
             hopeless = unclear.loc[~(unclear["detectable"] < 1), "method"]
-            power = (f"would show a difference of {size:.2f} four times in five" if size < 1
-                     else "is too small to show any difference reliably"
-                     + f" for {', '.join(hopeless)}" * (len(hopeless) < len(unclear)))
+            mean = whole.set_index("method")["mean"][control]
+            room = 1 if facts["loss"] else mean if metric == "Brier" else 1 - mean
+            power = "is too small to show any difference reliably"
+            if size < 1:
+                power = f"would show a difference of {size:.2f} four times in five"
+                if size > room:
+                    power += f", but {control} can be beaten by {room:.2f} at most"
+            elif len(hopeless) < len(unclear):
+                power += f" for {', '.join(hopeless)}"
             lines.append(f"{where} no difference shown between {control} and "
                          f"{', '.join(unclear['method'])}. This study {power}.")
         undefined = part[part["p_holm"].isna()]["method"]
         if len(undefined):
             lines.append(f"{where} {', '.join(undefined)}: nothing can be said. That takes two "
-                         "seeds shared with the control, several test images, and scores that are "
-                         "defined and not all the same.")
-        if facts["loss"] and whole["mean"].notna().all():
+                         "seeds shared with the control, several test images of each class, and "
+                         "scores that are defined and not all the same.")
+        absent = [m for m in facts["methods"][key[0]] if m not in set(whole["method"])]
+        if absent:
+            lines.append(f"{where} not compared, for lack of finished runs: {', '.join(absent)}.")
+        if facts["loss"] and len(part) and whole["mean"].notna().all():
             least = whole.loc[whole["mean"].idxmin(), "method"]
-            proven = least == control and len(shown) == len(part)
+            proven = (least == control and (part["difference"] > 0).all()
+                      and len(shown) == len(part) and not absent)
             lines.append(f"{where} {least} has the smallest mean loss, {whole['mean'].min():+.3f}; "
                          f"that {control} loses least is {'' if proven else 'not '}shown.")
     return "\n".join(lines)

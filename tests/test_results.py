@@ -203,6 +203,16 @@ def test_bootstrap_interval_holds_the_score_and_follows_its_seed():
     assert one[0] < auc(scores) < one[1]
 
 
+def test_images_without_a_patient_are_drawn_one_by_one_whatever_the_patients_are_called():
+    assert len(set(medssl._units(4, np.array(["", "image 0", "image 0", ""])))) == 3
+
+
+def test_an_interval_without_a_defined_draw_is_undefined():
+    """Eleven images of eleven classes: a draw has all of them once in seven thousand."""
+    scores = np.random.default_rng(0).dirichlet(np.ones(11), 11)
+    assert medssl.bootstrap_interval(np.arange(11), scores, n_draws=100) is None
+
+
 def test_images_of_one_patient_are_drawn_together():
     weights = medssl._resampling(medssl._units(4, np.array(["p", "", "p", ""])), 50, 0)
     assert (weights[0] == weights[2]).all() and (weights[0] != weights[1]).any()
@@ -335,6 +345,29 @@ def test_a_test_set_of_one_patient_says_nothing_of_new_ones(tmp_path):
     assert here["difference_low"] < here["difference"] < here["difference_high"]
 
 
+@pytest.mark.parametrize("metric, defined", [("AUC", False), ("F1", False), ("ACC", True)])
+def test_a_single_image_of_a_class_says_nothing_of_new_ones(tmp_path, metric, defined):
+    for seed in range(3):
+        write_run(tmp_path, seed=seed, labels=(np.arange(60) == 7).astype(int))
+    row = medssl.compare_methods(medssl.load_runs(tmp_path), metric).iloc[0]
+    assert (row["n_test"], row["n_rarest"]) == (60, 1)
+    assert np.isfinite(row["mean"]) and np.isfinite(row["low"]) == defined
+
+
+def test_draws_that_are_all_undefined_do_not_pass_for_a_test_set_without_variance():
+    x = np.full((3, 51), np.nan)
+    x[:, 0] = 0.7, 0.8, 0.9
+    found = medssl._infer(x, 20, 0.95, 1)
+    assert found["mean"] == pytest.approx(0.8) and np.isnan([found["low"], found["p"]]).all()
+
+
+def test_the_rarest_class_is_counted_by_patient_and_in_both_values_of_a_label():
+    classes = np.array([0, 0, 1, 1, 1, 1])
+    assert medssl._rarest(classes, np.array([0, 1, 2, 2, 2, 2]), 2) == 1
+    several = np.array([[1, 0], [1, 0], [1, 1], [0, 1]])
+    assert medssl._rarest(several, np.arange(4), 2) == 1
+
+
 def test_one_kind_of_runs_that_lacks_a_setting_is_kept_apart_not_dropped(tmp_path):
     """As runs of an older version do."""
     write_run(tmp_path)
@@ -420,6 +453,18 @@ def test_summary_says_who_loses_least(scarce):
     assert "that BYOL loses least is not shown" in text
 
 
+@pytest.mark.parametrize("method", ["", "MoCo", "SwAV"])
+def test_that_a_method_loses_least_is_not_shown_while_another_has_no_loss(scarce, tmp_path, method):
+    """Not run at all, not with all labels, or none but the favourite itself."""
+    if method:
+        write_run(tmp_path, method, label_fraction=0.1, done=method == "MoCo")
+        runs = medssl.load_runs(tmp_path)
+    else:
+        runs = scarce[scarce["method"] == "SparK"]
+    text = medssl.describe_comparison(medssl.compare_methods(runs, loss=True, control="SparK"))
+    assert "loses least is shown" not in text
+
+
 def test_loss_needs_runs_with_all_labels(tmp_path):
     runs = write_study(tmp_path, {"random": 1}, label_fraction=0.5)
     with pytest.raises(ValueError, match="label_fraction 1"):
@@ -444,9 +489,24 @@ def test_summary_names_a_planted_winner_and_the_estimand(tmp_path):
     ((np.inf, 3.0), "This study is too small to show any difference reliably."),
 ])
 def test_summary_names_the_comparisons_that_can_show_nothing(detectable, said, tmp_path):
-    table = medssl.compare_methods(write_study(tmp_path, {"random": 1, "BYOL": 1, "SparK": 1}))
+    table = medssl.compare_methods(write_study(tmp_path, dict.fromkeys(
+        ("random", "BYOL", "SparK"), 0.2)))
     table.loc[table["method"] != "random", "detectable"] = detectable
     assert said in medssl.describe_comparison(table)
+
+
+def test_summary_says_when_the_detectable_difference_is_more_than_can_be_gained(tmp_path):
+    table = medssl.compare_methods(write_study(tmp_path, {"random": 1, "BYOL": 1}))
+    table["detectable"], table.loc[0, "mean"] = 0.5, 0.9
+    assert "difference of 0.50 four times in five, but random can be beaten by 0.10 at most." in (
+        medssl.describe_comparison(table))
+
+
+def test_summary_names_the_methods_that_have_no_run_to_compare(tmp_path):
+    write_study(tmp_path, {"random": 1, "BYOL": 1})
+    write_run(tmp_path, "SparK", done=False)
+    text = medssl.describe_comparison(medssl.compare_methods(medssl.load_runs(tmp_path)))
+    assert "1 of the labels: not compared, for lack of finished runs: SparK." in text
 
 
 def test_summary_knows_that_less_is_better_for_brier(tmp_path):
@@ -482,6 +542,21 @@ def test_equal_methods_raise_few_alarms(shares):
     assert shares["alarm"] <= 6 and shares["any"] <= 6, shares
 
 
+def test_a_rare_class_raises_no_more_alarms():
+    """Two methods with one true AUC, ten seeds, 3 ill among 60: counted as 60 images that speak
+    for a new test set they would raise 11 %. Small for speed: 300 studies."""
+    rng, labels = np.random.default_rng(0), np.arange(60) < 3
+    alarms = []
+    for draw in range(300):
+        images = rng.normal(size=(2, 60)) * 0.8 + rng.normal(size=60) * 0.5
+        scores = images[:, None] + 0.3 * rng.normal(size=(2, 10, 60)) + 1.2 * labels
+        weights = medssl._resampling(np.arange(60), 100, draw)
+        x = np.array([[medssl._weighted_auc(labels, s, weights) for s in m] for m in scores])
+        size = medssl._rarest(labels.astype(int), np.arange(60), 2)
+        alarms.append(medssl._infer(x[1] - x[0], size, 0.95, 1)["p"] < 0.05)
+    assert np.mean(alarms) <= 0.06
+
+
 def test_a_bootstrap_of_the_seeds_alone_would_promise_too_much(shares):
     assert shares["percentile"] < 85, shares
 
@@ -502,11 +577,24 @@ def test_a_planted_difference_is_found_with_seeds_and_images_enough(bench):
     ({"epochs": 9}, "differ in epochs"),
     ({"batch_size": 9}, "differ in batch_size"),
     ({"subset_fingerprint": "other"}, "different labelled images"),
+    ({"environment": {"precision": "bf16"}}, "differ in used_precision"),
+    ({"stamp": None}, "never compared with real"),
 ])
 def test_what_must_not_be_mixed_is_refused(tmp_path, change, words):
     write_run(tmp_path, "random")
     write_run(tmp_path, "BYOL", **change)
     with pytest.raises(ValueError, match=words):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"groups": np.array(["p"] * 60)}, "other groups"), ({"labels": 1 - LABELS}, "other labels"),
+])
+def test_runs_that_disagree_about_their_test_images_are_refused(tmp_path, change, words):
+    """Patients are no part of the test set's fingerprint."""
+    write_run(tmp_path, "random")
+    write_run(tmp_path, "BYOL", **change)
+    with pytest.raises(ValueError, match=f"BYOL_0 and random_0 .* {words}|random_0 .* {words}"):
         medssl.compare_methods(medssl.load_runs(tmp_path))
 
 
@@ -529,6 +617,13 @@ def test_recipes_stand_side_by_side_when_asked_for(tmp_path):
         write_run(tmp_path, recipe=recipe)
     table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["recipe"])
     assert list(table["recipe"]) == ["demo", "linear"]
+
+
+def test_precisions_stand_side_by_side_when_asked_for(tmp_path):
+    for precision in ("bf16", "fp32"):
+        write_run(tmp_path, environment={"precision": precision})
+    table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["used_precision"])
+    assert list(table["used_precision"]) == ["bf16", "fp32"]
 
 
 def test_demo_and_real_are_not_mixed_even_when_asked_for(tmp_path):
@@ -561,31 +656,146 @@ def test_a_study_without_a_finished_run_is_refused(tmp_path):
 def test_figure_of_label_fractions_states_stamp_seeds_interval_and_test_size(tmp_path):
     write_study(tmp_path, {"random": 1, "BYOL": 1})
     runs = write_study(tmp_path, {"random": 1, "BYOL": 1}, label_fraction=0.25)
-    names = run_cells("05_compare_results", "import medssl_utils", "def draw_curves(", device="cpu",
-                      unit="patients")
-    axis = names["draw_curves"](medssl.compare_methods(runs)).axes[0]
+    names = run_cells("05_compare_results", "import medssl_utils", "def seeds(", "def draw_curves(",
+                      device="cpu")
+    figure = names["draw_curves"](medssl.compare_methods(runs))
+    axis = figure.axes[0]
     title = axis.get_title()
     assert title.startswith("DEMO")
-    for words in ("3 seeds", "95% interval", "new test set", "60 test patients"):
+    for words in ("3 seeds", "95% interval (Student's t)", "new test set", "60 test images"):
         assert words in title
-    assert [t.get_text() for t in axis.get_legend().get_texts()] == ["random", "BYOL"]
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["random", "BYOL"]
     assert axis.get_lines()[0].get_color() == medssl.METHOD_COLORS["random"]
 
 
 @pytest.mark.parametrize("known, unit", [
     (60, "patients"), (30, "patients or images"), (0, "images"),
 ])
-def test_notebook_05_names_what_its_intervals_are_over(known, unit, tmp_path):
+def test_comparison_names_what_its_intervals_are_over(known, unit, tmp_path):
     groups = np.array([f"patient {i // 2}" if i < known else "" for i in range(60)])
-    for method in ("random", "BYOL"):
-        for seed in range(2):
-            path = write_run(tmp_path, method, seed, groups=groups)
+    write_run(tmp_path, "random", groups=groups)
+    assert medssl.compare_methods(medssl.load_runs(tmp_path))["unit"].item() == unit
+
+
+# --- the whole of notebook 05 ------------------------------------------------------------------
+
+def write_toy_study(folder, strengths, seeds=3, labels=LABELS, names=("ill", "well"), **changes):
+    """Runs that notebook 05 can read; returns the folder."""
+    for i, (method, strength) in enumerate(strengths.items()):
+        for seed in range(seeds):
+            path = write_run(folder, method, seed, draw_scores(strength, [i, seed], labels),
+                             labels=labels, **{"class_names": names, "stamp": "", **changes})
             (path / "history.csv").write_text("epoch\n0\n")
-    runs = medssl.load_runs(tmp_path)
-    names = run_cells("05_compare_results", "import medssl_utils", "table = medssl.compare",
-                      device="cpu", runs=runs, done=runs, metric="AUC", control="random",
-                      estimand=medssl.ESTIMANDS[0], per="image", by=[])
-    assert names["unit"] == unit
+    return folder
+
+
+def read_05(folder, **parameters):
+    return run_cells("05_compare_results", study_dir=str(folder), **parameters)
+
+
+def title_of(figure):
+    return (figure.get_suptitle() or figure.axes[0].get_title()).replace("\n", " ")
+
+
+def test_05_names_who_is_worse_and_counts_the_seeds_that_are_missing(tmp_path, capsys):
+    write_toy_study(tmp_path, {"random": 2.5, "BYOL": 0.1, "SparK": 2.5}, seeds=5)
+    write_toy_study(tmp_path, {"random": 2.5, "BYOL": 0.1}, seeds=5, label_fraction=0.5)
+    read_05(tmp_path)
+    said = capsys.readouterr().out
+    assert "No run of the control 'SparK' for ('toy', 0.5)." in said  # its loss; the rest goes on
+    found = said.split("- 25 finished runs, ")[1]
+    assert found.startswith("0 to 5 seeds in each cell.")
+    assert "0 of 3 comparisons show a method better than random.\n" in found
+    assert "worse than random: BYOL (toy, 0.5), BYOL (toy, 1)." in found
+    assert "No difference is shown" not in found
+
+
+def test_05_says_that_nothing_could_be_tested_with_one_seed(tmp_path, capsys):
+    figures = read_05(write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, seeds=1))["figures"]
+    found = capsys.readouterr().out
+    assert "comparisons show" not in found and "Nothing could be tested" in found
+    for name in ("curves_toy", "differences"):
+        assert "1 seed, " in title_of(figures[name])
+        assert "no interval can be given" in title_of(figures[name])
+
+
+def test_05_draws_what_is_kept_apart_in_figures_of_its_own(tmp_path):
+    for recipe in ("linear", "recommended"):
+        write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, recipe=recipe)
+    names = read_05(tmp_path, by=["recipe"])
+    for recipe in ("linear", "recommended"):
+        assert title_of(names["figures"][f"curves_toy_{recipe}"]).startswith(f"toy, {recipe}:")
+    for name in ("calibration", "classes"):
+        assert title_of(names["figures"][name]).startswith("toy, linear, 1 of the labels")
+    assert {method: len(runs) for method, runs in names["loaded"].items()} == {
+        "random": 3, "BYOL": 3}
+    names["view"]("toy", "AUC", "random", ["random", "BYOL"], [1.0])
+    assert len(names["displayed"][-1].axes[0].containers) == 2  # one for each method
+
+
+def test_05_says_what_is_counted_and_marked_in_the_figure_of_differences(tmp_path):
+    write_toy_study(tmp_path, {"random": 0.1, "BYOL": 0.2, "SparK": 2.5}, seeds=5)
+    patients = np.array([f"p{i // 4}_{i % 2}" for i in range(60)])
+    write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, seeds=5, dataset="other",
+                    groups=patients, test_fingerprint="other")
+    figure = read_05(tmp_path)["figures"]["differences"]
+    assert title_of(figure) == (
+        "5 seeds, 30 test patients of other, 60 test images of toy 95% intervals (Student's t), "
+        "each by itself, for a new seed and new test set filled: shown after Holm's correction "
+        "for 3 comparisons")
+    marks = [line for line in figure.axes[0].get_lines() if line.get_marker() == "o"]
+    assert [line.get_markerfacecolor() == "white" for line in marks] == [True, True, False]
+    low, high = figure.axes[0].get_xlim()
+    assert low == -high and figure.axes[0].get_ylim() == (2.5, -0.5)
+
+
+def test_05_shows_no_recall_of_a_class_without_test_images(tmp_path):
+    labels = np.zeros(60, int)
+    figure = read_05(write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, labels=labels),
+                     metric="ACC")["figures"]["classes"]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["ill (60)", "well (0)"]
+    heights = [bar.get_height() for bar in figure.axes[0].patches]
+    assert np.isnan(heights[1::2]).all() and not np.isnan(heights[::2]).any()
+
+
+def test_05_refuses_a_study_of_the_control_alone(tmp_path):
+    with pytest.raises(ValueError, match="Only random has finished runs here"):
+        read_05(write_toy_study(tmp_path, {"random": 1}))
+
+
+PUBLISHED = "dataset,metric,label_fraction,value,source\n"
+
+
+@pytest.mark.parametrize("text, words", [
+    ("dataset,value\ntoy,0.9\n", r"lacks the columns \['metric', 'label_fraction', 'source'\]"),
+    (PUBLISHED + "toy,AUC,1,97.5,A 2020\n", "between 0 and 1, as 0.975"),
+])
+def test_05_refuses_published_values_that_it_cannot_place(tmp_path, text, words):
+    file = tmp_path / "published.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_05(write_toy_study(tmp_path / "runs", {"random": 1, "BYOL": 1}), published=str(file))
+
+
+def test_05_draws_published_values_as_such_and_counts_them(tmp_path, capsys):
+    file = tmp_path / "published.csv"
+    file.write_text(PUBLISHED + "toy,AUC,0.5,0.8,A 2020\ntoy,AUC,1,0.9,A 2020\n"
+                    "toy,ACC,1,0.7,A 2020\nelsewhere,AUC,1,0.7,A 2020\n")
+    figure = read_05(write_toy_study(tmp_path / "runs", {"random": 1, "BYOL": 1}),
+                     published=str(file))["figures"]["curves_toy"]
+    assert "2 published values of AUC for this data stand beside." in capsys.readouterr().out
+    line = next(x for x in figure.axes[0].get_lines() if x.get_label() == "A 2020 (published)")
+    assert list(line.get_xdata()) == [0.5, 1] and list(line.get_ydata()) == [0.8, 0.9]
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["0.5", "1"]
+
+
+@pytest.mark.parametrize("per, number", [("image", 2), ("patient", 0)])
+def test_05_puts_values_published_per_image_beside_no_other(tmp_path, per, number, capsys):
+    patients = np.array([f"p{i // 4}_{i % 2}" for i in range(60)])
+    write_toy_study(tmp_path, {"random": 1, "BYOL": 1}, dataset="covid_ct", groups=patients)
+    figure = read_05(tmp_path, per=per)["figures"]["curves_covid_ct"]
+    assert f"{number} published values of AUC" in capsys.readouterr().out
+    assert sum("(published)" in t.get_text() for t in figure.legends[0].get_texts()) == number
 
 
 def test_a_folder_without_runs_is_named_with_the_studies_beside_it(tmp_path):

@@ -105,12 +105,12 @@ def explorer(tmp_path_factory):
     write_study(folder, {"random": 0.5, "SparK": 3.0})
     write_study(folder, {"random": 0.3, "SparK": 2.0}, label_fraction=0.5)
     cells = read_cells("05_compare_results")
-    scope = {"study_dir": str(folder), "widgets": True, "unit": "images"}
+    scope = {"study_dir": str(folder), "widgets": True}
     wanted = {line.split(":")[0] for line in cells[0].splitlines()} - set(scope)
     defaults = {}
     exec(cells[0], defaults)
     return run_cells("05_compare_results", "import medssl_utils", "def choose(", "runs = choose(",
-                     "def say(", "def draw_curves(", "def view(", "explorer =",
+                     "def seeds(", "def say(", "def draw_curves(", "def view(", "explorer =",
                      **{n: defaults[n] for n in wanted}, **scope)
 
 
