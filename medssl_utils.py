@@ -37,6 +37,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -2861,13 +2862,21 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
 def _numerics(precision: str) -> Iterator[None]:
     """Set repeatable kernels and the float32 mode of a GPU for a block, backward passes too."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.deterministic, cudnn.benchmark = True, False
-    cudnn.allow_tf32 = matmul.allow_tf32 = precision != "fp32"
+    modes = matmul, cudnn.conv, cudnn.rnn
+    before = cudnn.deterministic, cudnn.benchmark, [mode.fp32_precision for mode in modes]
+
+    def set_all(deterministic: bool, benchmark: bool, precisions: Sequence[str]) -> None:
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        # the older switches, too: PyTorch raises an error where one that is asked contradicts
+        matmul.allow_tf32, cudnn.allow_tf32 = (which == "tf32" for which in precisions[:2])
+        for mode, wanted in zip(modes, precisions, strict=True):
+            mode.fp32_precision = wanted
+
+    set_all(True, False, ["ieee" if precision == "fp32" else "tf32"] * 3)
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        set_all(*before)
 
 
 def _loss(
@@ -3005,18 +3014,26 @@ class _Step:
         here.wait_stream(self.side)
         return loss
 
+    def _weigh(self, index: torch.Tensor) -> Any:
+        """Return what the loss of these images was divided by, their number or their weights."""
+        if self.weight is None or self.labels.ndim == 2:
+            return len(index)
+        return self.weight[self.labels[index]].sum()
+
     def _take(self, index: torch.Tensor, draws: torch.Tensor, rates: Any) -> torch.Tensor:
         """Forward, backward, optimizer."""
-        parts, loss = self.config.accumulate, torch.zeros((), device=self.device)
+        # no part of a single image: BatchNorm could not normalise by it
+        parts = max(1, min(self.config.accumulate, len(index) // 2))
+        loss = torch.zeros((), device=self.device)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group.update(lr=rate, capturable=self.graph is not None)
         self.optimizer.zero_grad()
-        for some, drawn in zip(index.chunk(parts), draws.chunk(parts), strict=True):
+        for some, drawn in zip(index.tensor_split(parts), draws.tensor_split(parts), strict=True):
             x = self.preprocessing(self.images[some])
             x = augment_batch(x, self.config.augment, drawn)             # (B, 3, S, S)
             with _autocast(self.precision, self.device):
                 part = _loss(self.model(x), self.labels[some], self.weight)
-            part = part * (len(some) / len(index))
+            part = part * (self._weigh(some) / self._weigh(index))
             part.backward()
             loss += part.detach()
         self.optimizer.step()
@@ -3295,13 +3312,13 @@ def _race(
             rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
                           save_at=config.epochs)
         except NotFiniteError as error:
-            broken = error
+            broken = str(error)  # the error itself would keep the memory of this try
             continue
         history += [{"lr_candidate": rate, **row} for row in rows]
         if _best_row(config, history) >= len(history) - len(rows):
             best = copy.deepcopy(model.state_dict())
     if not history:
-        raise broken
+        raise NotFiniteError(broken)
     model.load_state_dict(best)
     return history
 
@@ -3502,17 +3519,17 @@ def fine_tune(
         prep, linear = preprocessing_for(config, data, report.method), config.recipe == "linear"
         passes = 1 if linear else config.epochs * max(1, len(config.lr_candidates))
         shown = Progress(progress, passes * len(subset), f"{report.method} on {data.name}")
-        if linear:  # of all that follows, only the head
-            seen = _features(net, data, prep, settings["dataset_fingerprint"], where,
-                             _fingerprint({k: v.cpu() for k, v in model.state_dict().items()}))
-            shown.bar.update(len(subset))
-            last, look = net.fc, nn.Identity()
-            history = _fit_linear(last, seen.train.take(subset), seen.val, config, shown)
-        else:
-            last, seen, look = net, data, prep
-            history = (_race if config.lr_candidates else _train)(
-                net, data.train.take(subset), data.val, config, prep, seed, folder, shown)
-        shown.bar.close()
+        with contextlib.closing(shown.bar):
+            if linear:  # of all that follows, only the head
+                seen = _features(net, data, prep, settings["dataset_fingerprint"], where,
+                                 _fingerprint({k: v.cpu() for k, v in model.state_dict().items()}))
+                shown.bar.update(len(subset))
+                last, look = net.fc, nn.Identity()
+                history = _fit_linear(last, seen.train.take(subset), seen.val, config, shown)
+            else:
+                last, seen, look = net, data, prep
+                history = (_race if config.lr_candidates else _train)(
+                    net, data.train.take(subset), data.val, config, prep, seed, folder, shown)
         trained, best = time.perf_counter(), _best_row(config, history)
         # of a run that was interrupted, the epochs before that count too
         spent = max(trained - began, sum(row["seconds"] for row in history))
@@ -3541,10 +3558,15 @@ def fine_tune(
 
 @contextlib.contextmanager
 def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
-    """Say what is kept when a run is interrupted, and what to lower when memory runs out."""
+    """Say what is kept when a run is interrupted, and what to lower when memory runs out.
+
+    A notebook keeps its last error, and with it the variables of every call that it went through:
+    they are cleared, so that the memory of the device is free for the next try.
+    """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        traceback.clear_frames(error.__traceback__)
         kept = "goes on from its last saved epoch" if any(folder.glob("last*.pt")) else \
             "starts again (nothing was saved in its first minute)"
         print(f"\nInterrupted. Ask for the same run again and {folder.name} {kept}.", flush=True)
@@ -3553,6 +3575,8 @@ def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
         said = f"{error} {error.__context__}"  # a recording that failed hides why
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, said):
             raise
+        for one in filter(None, (error, error.__context__)):
+            traceback.clear_frames(one.__traceback__)
         raise TrainingError(
             f"Out of memory with batch_size {config.batch_size} at {config.image_size} pixels. "
             "Lower batch_size or image_size, or set accumulate=2: two half batches a step, which "
@@ -4276,11 +4300,18 @@ def _rate(
     spent = [_read_json(row["folder"] / "metrics.json")["seconds"] for row in done]
     if done:
         return sum(spent) / sum(row["images"] for row in done), f"rate of {len(done)} finished"
+    # with several GPUs in a process that ends: this one would hold on to the first of them
+    worker = _workers(executor, 0, {cell["device"]})[0]
     try:
-        submit = executor.submit if executor else _call
+        submit = worker["pool"].submit if worker["pool"] else _call
         return submit(_time_steps, cell).result(), "rate of timed steps"
     except Exception as error:  # the cell will fail likewise, and be listed
         return math.nan, f"no rate, {type(error).__name__}: {error}"
+    finally:
+        torch.cuda.empty_cache()  # workers that share one GPU with this process need it
+        if "new" in worker:
+            worker["line"].close()
+            worker["pool"].shutdown()
 
 
 def plan_study(
@@ -4510,16 +4541,18 @@ def run_study(
     shown = Progress(progress, int(work[left].sum()), "study")
     todo = [cells[i] for i in left]
     free = _workers(executor, workers, {cell["device"] for cell in todo})
-    for n, (k, error) in enumerate(_work_off(todo, free), start=1):
-        errors[left[k]] = error
-        spent += work[left[k]]
-        shown.bar.update(int(work[left[k]]))
-        shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
-        if shown.how == "log":
-            rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
-            print(f"{n} of {len(left)}, about {timedelta(seconds=round(rest))} left: "
-                  f"{' '.join(str(todo[k][name]) for name in grid)}: {error or 'done'}", flush=True)
-    shown.bar.close()
+    # both are closed however this ends: a notebook would keep them with the error, workers and all
+    with contextlib.closing(shown.bar), contextlib.closing(_work_off(todo, free)) as ended:
+        for n, (k, error) in enumerate(ended, start=1):
+            errors[left[k]] = error
+            spent += work[left[k]]
+            shown.bar.update(int(work[left[k]]))
+            shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
+            if shown.how == "log":
+                rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
+                what = " ".join(str(todo[k][name]) for name in grid)
+                print(f"{n} of {len(left)}, about {timedelta(seconds=round(rest))} left: {what}: "
+                      f"{error or 'done'}", flush=True)
     rows = _look(cells)
     for row, error, cell in zip(rows, errors, cells):
         row["error"] = error or row["error"] or ("" if row["status"] == "done" else (

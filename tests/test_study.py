@@ -361,6 +361,46 @@ def test_each_gpu_gets_a_worker_of_its_own(log, monkeypatch):
     assert str(os.getpid()) not in dict(given)
 
 
+@pytest.mark.slow
+def test_with_several_gpus_the_steps_of_a_plan_are_timed_in_a_process_that_ends(log, monkeypatch):
+    """This one would keep a part of the first GPU while a worker trains there."""
+    monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(medssl, "_time_steps", tiny_study.time_steps_and_say_where)
+    assert plan(log, {"seed": [0]})["seconds"][0] > 0
+    where, = notes(log, "timed")
+    assert int(where) != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(where), 0)
+
+
+def test_timed_steps_leave_the_memory_of_a_gpu_to_the_workers(log, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(medssl.torch.cuda, "empty_cache", lambda: emptied.append(1))
+    plan(log, {"seed": [0]})
+    assert emptied
+
+
+def test_a_study_stopped_between_two_runs_leaves_no_worker(log, monkeypatch):
+    """The error is kept, as a notebook does, and with it whatever the study had begun."""
+    ended = []
+
+    def work_off(cells, free):
+        try:
+            yield 0, ""
+        finally:
+            ended.append("workers")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(medssl, "_work_off", work_off)
+    monkeypatch.setattr(medssl.tqdm, "set_postfix", stop)
+    monkeypatch.setattr(medssl.tqdm, "close", lambda bar: ended.append("bar"))
+    with pytest.raises(KeyboardInterrupt) as kept:
+        study(log, {"seed": [0, 1]})
+    assert ended == ["workers", "bar"] and kept.value.__traceback__ is not None
+
+
 def test_more_workers_than_gpus_share_them(monkeypatch):
     monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
     workers = medssl._workers(None, 3, {"auto"})
