@@ -3852,6 +3852,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
     for path in sorted(Path(folder).rglob("config.json")):
         config = _read_json(path)
         row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
+        row["computed_in"] = config.get("environment", {}).get("precision")  # what "auto" meant
         done = path.with_name("metrics.json")
         if done.exists():
             metrics = _read_json(done)
@@ -4062,6 +4063,9 @@ def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} was run twice for {key} with different settings: "
                              f"{', '.join(p.name for p in group['folder'])}. Keep one.")
+    if len(found := done["computed_in"].value_counts()) > 1:
+        warnings.warn(f"Computed in {' and '.join(f'{k} ({n} runs)' for k, n in found.items())}: "
+                      "precision 'auto' depends on the device. Set it to compare like with like.")
 
 
 def describe_comparison(table: pd.DataFrame) -> str:
