@@ -3469,7 +3469,7 @@ def fine_tune(
     model: nn.Module, report: KeyReport, data: DataSplits,
     config: FineTuneConfig | None = None, *, label_fraction: float = 1.0, seed: int = 0,
     study: str = "study", runs_dir: str | Path = "runs", device: str = "auto",
-    progress: str = "auto", keep_best: bool = True,
+    progress: str = "auto", keep_best: bool = True, known: tuple | None = None,
 ) -> Run:
     """Fine-tune a backbone on a labelled subset, test it once, and write the run folder.
 
@@ -3485,6 +3485,7 @@ def fine_tune(
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         progress: "auto", "bar", "log" or "none", see `Progress`.
         keep_best: keep the best epoch's weights as best.safetensors.
+        known: what a study knows already of data that it alone holds, see `_known`.
 
     Raises:
         ValueError: settings that cannot work; nothing has been written.
@@ -3496,11 +3497,11 @@ def fine_tune(
         raise ValueError(f"cuda_graph=True needs a CUDA GPU, and this run is on {where}. "
                          "Set cuda_graph=False.")
     _check_trainable(config, data)
-    checks = check_splits(data)
+    subset, fingerprints, checks = known or (label_subset(
+        data.train.labels, label_fraction, seed=seed, groups=data.train.groups,
+        rule=config.subset_rule), None, check_splits(data))
     checks.raise_for_errors()
-    subset = label_subset(data.train.labels, label_fraction, seed=seed,
-                          groups=data.train.groups, rule=config.subset_rule)
-    settings = _settings(report, data, config, subset, label_fraction, seed)
+    settings = _settings(report, data, config, subset, label_fraction, seed, fingerprints)
     folder = Path(runs_dir) / study / run_name(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_writer(folder), _explained(folder, config):
@@ -4206,22 +4207,25 @@ def _cell_backbone(cell: Mapping[str, Any]) -> tuple[nn.Module, KeyReport]:
 
 
 @functools.lru_cache(maxsize=64)
-def _known(data: DataSplits, *asked: Any) -> tuple[np.ndarray, tuple[str, str, str]]:
-    """Return a label subset, and the fingerprints of data, test part and subset. They are kept:
-    only a study holds these data, so that nobody changes them."""
+def _known(
+    data: DataSplits, *asked: Any,
+) -> tuple[np.ndarray, tuple[str, str, str], SplitReport]:
+    """Return a label subset, the fingerprints of data, test part and subset, and the report on the
+    splits. They are kept: only a study holds these data, so that nobody changes them."""
     if not asked:
-        return np.arange(0), (data.fingerprint, data.test.fingerprint, "")
+        return np.arange(0), (data.fingerprint, data.test.fingerprint, ""), check_splits(data)
     fraction, seed, rule = asked
     subset = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
                           rule=rule)
-    return subset, (*_known(data)[1][:2], data.train.take(subset).ids_fingerprint)
+    _, (*of_data, _), checks = _known(data)
+    return subset, (*of_data, data.train.take(subset).ids_fingerprint), checks
 
 
 def _cell_folder(cell: Mapping[str, Any]) -> Path:
     """Return the run folder of a cell; its name follows from weights and data, which are read."""
     config, data = _cell_data(cell)
     asked = cell["label_fraction"], cell["seed"]
-    subset, fingerprints = _known(data, *asked, config.subset_rule)
+    subset, fingerprints, _ = _known(data, *asked, config.subset_rule)
     settings = _settings(_cell_backbone(cell)[1], data, config, subset, *asked, fingerprints)
     return Path(cell["runs_dir"], cell["study"], run_name(settings))
 
@@ -4231,7 +4235,7 @@ def _keep_subset(cell: Mapping[str, Any]) -> None:
     train on the same images."""
     config, data = _cell_data(cell)
     fraction, seed, rule = cell["label_fraction"], cell["seed"], config.subset_rule
-    subset, (*_, fingerprint) = _known(data, fraction, seed, rule)
+    subset, (*_, fingerprint), _ = _known(data, fraction, seed, rule)
     name = f"{data.name}_f{fraction:g}_s{seed}_{fingerprint[:8]}.json"
     if not (path := Path(cell["runs_dir"], cell["study"], "subsets", name)).exists():
         _write_json(path, {
@@ -4251,8 +4255,10 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         try:
             check_choice(cell["method"], (*METHODS, *CONTROLS), "method")
             config, data = _cell_data(cell)
-            row["n_train"] = len(_known(data, cell["label_fraction"], cell["seed"],
-                                        config.subset_rule)[0])
+            subset, _, checks = _known(data, cell["label_fraction"], cell["seed"],
+                                       config.subset_rule)
+            row["n_train"] = len(subset)
+            checks.raise_for_errors()
             if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
                 row["folder"] = _cell_folder(cell)  # for others no weights need to be read
                 files = [(row["folder"] / f).exists() for f in ("metrics.json", "config.json")]
@@ -4400,7 +4406,8 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> str | None:
             _run_in_notebook(cell)
         else:
             config, data = _cell_data(cell)
-            fine_tune(*_cell_backbone(cell), data, config, progress="none",
+            known = _known(data, cell["label_fraction"], cell["seed"], config.subset_rule)
+            fine_tune(*_cell_backbone(cell), data, config, progress="none", known=known,
                       **{name: cell[name] for name in names})
     except Exception as error:  # one bad cell never stops the rest
         kind = getattr(error, "ename", type(error).__name__)  # papermill names the notebook's own

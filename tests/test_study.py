@@ -92,6 +92,32 @@ def test_data_are_loaded_once_for_all_cells(log):
     assert notes(log, "loaded") == [f"{os.getpid()} toy"]
 
 
+def test_data_are_hashed_and_checked_once_for_all_cells(log, monkeypatch):
+    """Half a second for COVID-CT, where a run on a GPU takes five."""
+    calls, check, whole = [], medssl.check_splits, medssl.Split.fingerprint
+    monkeypatch.setattr(medssl, "check_splits", lambda data: calls.append("check") or check(data))
+    monkeypatch.setattr(medssl.Split, "fingerprint", property(
+        lambda split: calls.append("hash") or whole.fget(split)))
+    table = study(log)
+    assert sorted(calls) == ["check"] + ["hash"] * 4  # train, val, and test for itself, too
+    alone = medssl.fine_tune(*tiny_study.load_backbone("SparK"), tiny_study.make_toy(),
+                             medssl.FineTuneConfig.named("demo", **{
+                                 k: v for k, v in TINY.items() if k != "dataset"}),
+                             progress="none", runs_dir=log.parent / "alone", study="study")
+    assert alone.folder.name in {folder.name for folder in table["folder"]}
+    assert sorted(calls) == ["check"] * 2 + ["hash"] * 8
+
+
+def test_the_plan_says_that_data_are_not_fit_for_training(log, monkeypatch):
+    def spoilt(*args, **options):
+        data = tiny_study.load_data(*args, **options)
+        data.test.images[0] = data.train.images[0]
+        return data
+
+    monkeypatch.setattr(medssl, "load_data", spoilt)
+    assert "toy is not fit for training" in plan(log, {"seed": [0]})["error"][0]
+
+
 def test_data_that_changed_between_two_studies_are_noticed(log, monkeypatch):
     old = study(log, {"seed": [0]})
 
