@@ -2656,6 +2656,9 @@ class FineTuneConfig:
     cuda_graph: bool = False  # convention: off until it was measured on a GPU (step.py)
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if type(value := getattr(self, f.name)) is not type(f.default):
+                object.__setattr__(self, f.name, _plain(f.name, value))
         check_choice(self.recipe, RECIPES, "recipe")
         check_choice(self.schedule, ("cosine", "constant", "authors"), "schedule")
         check_choice(self.select_by, ("ACC", "AUC", "loss"), "select_by")
@@ -2717,6 +2720,11 @@ class FineTuneConfig:
             recipe="demo", image_size=48, epochs=5, batch_size=16, lr=1e-3, backbone_lr=1e-3,
             freeze_epochs=0, warmup=0.1, augment=(), normalise="dataset",
         )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images at once where nothing is trained: many, but fewer where a step must be small."""
+        return min(256, 16 * self.batch_size)
 
     @property
     def short(self) -> bool:
@@ -3165,7 +3173,7 @@ def _settings(
         "dataset": data.name, "dataset_fingerprint": of_data, "test_fingerprint": of_test,
         "class_names": list(data.class_names), "method": report.method, "weights": report.weights,
         "weights_fingerprint": report.fingerprint, "allow_extra": list(report.allow_extra),
-        "label_fraction": float(label_fraction), "seed": seed, "n_train": len(subset),
+        "label_fraction": label_fraction, "seed": seed, "n_train": len(subset),
         "subset_fingerprint": of_subset, **dataclasses.asdict(config),
         "augment": list(config.augment), "lr_candidates": list(config.lr_candidates),
         "stamp": "DEMO" if demo else "SHORT" if config.short else "",
@@ -3274,7 +3282,8 @@ def _train(
             if bad is not None:
                 raise NotFiniteError(f"The loss is not finite at step {bad}, on images "
                                      f"{', '.join(train.ids[batch.numpy()])}.")
-            validation = evaluate(model, val, prep, precision=_precision(config, device))
+            validation = evaluate(model, val, prep, precision=_precision(config, device),
+                                  batch_size=config.eval_batch_size)
         except NotFiniteError as error:
             if best:
                 _save_weights(folder / "best.safetensors", best)
@@ -3327,20 +3336,22 @@ _kept_features: dict[tuple, DataSplits] = {}  # in this process, the newest last
 
 
 def _features(
-    net: nn.Module, data: DataSplits, prep: Preprocessing, *key: Any,
+    net: nn.Module, data: DataSplits, prep: Preprocessing, batch_size: int, *key: Any,
 ) -> DataSplits:
     """Return the data with features (N, 2048) for images: once for all fractions and seeds.
 
     Always of all images and in the same batches, so that kept features have the bits of new ones.
-    They are found again by `prep` and `key`: device, fingerprints of data and backbone.
+    They are found again by `prep`, `batch_size` and `key`: device, fingerprints of data and net.
     """
-    found = _kept_features.pop((prep, *key), None)
+    key = prep, batch_size, *key
+    found = _kept_features.pop(key, None)
     if found is None:
         head, net.fc = net.fc, nn.Identity()
         found = replace(data, **{name: replace(part, images=predict(
-            net, part.images, prep).numpy()) for name in SPLITS for part in [getattr(data, name)]})
+            net, part.images, prep, batch_size=batch_size).numpy())
+            for name, part in data.parts.items()})
         net.fc = head
-    _kept_features[prep, *key] = found
+    _kept_features[key] = found
     sizes = [8192 * sum(len(getattr(d, name)) for name in SPLITS) for d in _kept_features.values()]
     while len(sizes) > 1 and sum(sizes) > FEATURE_BYTES:
         del _kept_features[next(iter(_kept_features))], sizes[0]
@@ -3491,8 +3502,8 @@ def fine_tune(
         ValueError: settings that cannot work; nothing has been written.
         TrainingError: the loss was not finite, or another process writes this run.
     """
-    config = config or FineTuneConfig()
-    where = pick_device(device)
+    config, where = config or FineTuneConfig(), pick_device(device)
+    label_fraction, seed = _plain("label_fraction", label_fraction), _plain("seed", seed)
     if config.cuda_graph and where.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA GPU, and this run is on {where}. "
                          "Set cuda_graph=False.")
@@ -3522,7 +3533,8 @@ def fine_tune(
         shown = Progress(progress, passes * len(subset), f"{report.method} on {data.name}")
         with contextlib.closing(shown.bar):
             if linear:  # of all that follows, only the head
-                seen = _features(net, data, prep, settings["dataset_fingerprint"], where,
+                seen = _features(net, data, prep, config.eval_batch_size, where,
+                                 settings["dataset_fingerprint"],
                                  _fingerprint({k: v.cpu() for k, v in model.state_dict().items()}))
                 shown.bar.update(len(subset))
                 last, look = net.fc, nn.Identity()
@@ -3534,7 +3546,8 @@ def fine_tune(
         trained, best = time.perf_counter(), _best_row(config, history)
         # of a run that was interrupted, the epochs before that count too
         spent = max(trained - began, sum(row["seconds"] for row in history))
-        results = {part: evaluate(last, getattr(seen, part), look) for part in ("val", "test")}
+        results = {part: evaluate(last, getattr(seen, part), look,
+                                  batch_size=config.eval_batch_size) for part in ("val", "test")}
         if keep_best:
             _save_weights(folder / "best.safetensors", net.state_dict())
         else:
@@ -4153,7 +4166,7 @@ def _plain(name: str, value: Any) -> Any:
         plain = None
     if plain is None or isinstance(default, tuple) or plain != value:
         raise ValueError(f"{name} is {value!r}; give one {type(default).__name__}, such as "
-                         f"{default!r}. Several values belong in the grid.")
+                         f"{default!r}. Several values belong in the grid of a study.")
     return plain
 
 

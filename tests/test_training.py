@@ -486,6 +486,10 @@ def test_each_default_of_the_recommended_recipe_says_why():
     ({"lr": float("nan")}, "lr must be above 0, not nan"),
     ({"lr_candidates": (1e-3, -1)}, "lr_candidates must be above 0"),
     ({"backbone_lr": -1e-4}, r"backbone_lr must lie in \[0, inf\], not -0.0001"),
+    ({"epochs": 2.5}, "epochs is 2.5; give one int, such as 50"),
+    ({"batch_size": "8"}, "batch_size is '8'; give one int"),
+    ({"lr": (1e-3, 1e-4)}, "lr is .*Several values belong in the grid of a study"),
+    ({"augment": "affine"}, "augment is 'affine'; give one tuple, such as .'affine',."),
     ({"warmup": 10}, r"warmup must lie in \[0, 1\], not 10"),
 ])
 def test_config_names_a_bad_setting(change, words):
@@ -724,6 +728,23 @@ def test_a_whole_number_names_the_same_run(backbone, toy, tmp_path):
         backbone, toy, tmp_path, label_fraction=1).folder
 
 
+def test_numbers_of_numpy_name_the_same_run(backbone, toy, tmp_path):
+    """A seed of `np.arange` was an error that named neither seed nor setting."""
+    numbers = dataclasses.replace(QUICK, epochs=np.int64(3), lr=np.float32(0.5), augment=["affine"])
+    plain = dataclasses.replace(QUICK, lr=0.5, augment=("affine",))
+    assert run_quick(backbone, toy, tmp_path, numbers, seed=np.int64(1)).folder == run_quick(
+        backbone, toy, tmp_path, plain, seed=1).folder
+
+
+@pytest.mark.parametrize("asked, words", [
+    ({"seed": 0.5}, "seed is 0.5; give one int"),
+    ({"label_fraction": "all"}, "label_fraction is 'all'; give one float, such as 1.0")])
+def test_a_seed_or_share_of_another_type_is_named(backbone, toy, tmp_path, asked, words):
+    with pytest.raises(ValueError, match=words):
+        run_quick(backbone, toy, tmp_path, **asked)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_setting_that_changes_the_result_changes_the_folder(backbone, toy, tmp_path):
     a = run_quick(backbone, toy, tmp_path)
     b = run_quick(backbone, toy, tmp_path, dataclasses.replace(QUICK, lr=2e-3))
@@ -792,6 +813,18 @@ def test_features_are_computed_once_for_all_fractions_and_seeds(backbone, toy, t
         for seed in (0, 1):
             run_quick(backbone, toy, tmp_path, LINEAR, label_fraction=fraction, seed=seed)
     assert sum(passes) == len(toy.train) + len(toy.val) + len(toy.test)
+
+
+@pytest.mark.parametrize("config", [LINEAR, QUICK])
+def test_a_small_batch_size_makes_evaluation_small_as_well(
+        backbone, toy, tmp_path, passes, config):
+    """Else the advice to lower it would not help a GPU that cannot hold 256 images."""
+    data = dataclasses.replace(toy, test=toy_split(40, "c", 2))
+    run_quick(backbone, data, tmp_path / "many", config)
+    assert max(passes) == 40
+    passes.clear()
+    run_quick(backbone, data, tmp_path / "few", dataclasses.replace(config, batch_size=2))
+    assert max(passes) == 32
 
 
 def test_kept_features_give_the_bits_of_new_ones(backbone, toy, tmp_path, passes):
