@@ -105,8 +105,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 @pytest.mark.parametrize("graph", [False, True])
 def test_an_interrupted_run_gives_its_memory_back_though_its_error_is_kept(
         backbone, data, tmp_path, monkeypatch, graph):
-    """As a notebook keeps it. The network and its gradients may stay, 0.2 GB; what a step of 32
-    images of 224 pixels needs is ten times as much."""
+    """As a notebook keeps it. The network and its gradients may stay; what a step of 32 images of
+    224 pixels needs is ten times as much."""
     def reserved() -> int:
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
@@ -121,7 +121,7 @@ def test_an_interrupted_run_gives_its_memory_back_though_its_error_is_kept(
         run(backbone, medssl.demo_data(n_train=160, n_val=24, n_test=24, image_size=224), tmp_path,
             image_size=224, batch_size=32, precision="fp32", cuda_graph=graph)
     assert kept.value.__traceback__ is not None
-    assert peak[0] - before > 1.5e9 and reserved() - before < 0.7e9
+    assert reserved() - before < (peak[0] - before) / 2
 
 
 def test_every_precision_learns_the_phantoms_as_well(backbone, tmp_path):
