@@ -4497,6 +4497,8 @@ def _work_off(
                     future.set_exception(error)
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
+            while ended.empty():  # on Windows nothing interrupts `get` while it waits
+                time.sleep(0.02)
             i, worker = running.pop(future := ended.get())
             try:
                 error = future.result()

@@ -5,9 +5,11 @@ import gc
 import hashlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import Counter
@@ -696,6 +698,27 @@ class Remembering(Executor):
             self.results[key] = fn(*args)
         future.set_result(self.results[key])
         return future
+
+
+class Later(Executor):
+    """Answers from a thread, some time after it was asked."""
+
+    def submit(self, fn, *args):
+        future = Future()
+        threading.Timer(0.2, lambda: future.set_result("")).start()
+        return future
+
+
+def test_a_study_can_be_interrupted_while_it_waits_on_windows_too(monkeypatch):
+    """There the stop button of a notebook does not reach a thread that waits for a lock."""
+    class Windows(queue.SimpleQueue):
+        def get(self):
+            assert not self.empty(), "waits for a lock, deaf to the stop button"
+            return super().get()
+
+    monkeypatch.setattr(medssl.queue, "SimpleQueue", Windows)
+    worker = {"pool": Later(), "device": ""}
+    assert list(medssl._work_off([{"device": "cpu"}] * 2, [worker])) == [(0, ""), (1, "")]
 
 
 def test_a_run_that_was_busy_is_asked_for_anew_of_an_executor_that_remembers(monkeypatch):
