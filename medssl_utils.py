@@ -37,6 +37,7 @@ import struct
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -2710,6 +2711,9 @@ class FineTuneConfig:
     cuda_graph: bool = False  # convention: off until it was measured on a GPU (step.py)
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            if type(value := getattr(self, f.name)) is not type(f.default):
+                object.__setattr__(self, f.name, _plain(f.name, value))
         check_choice(self.recipe, RECIPES, "recipe")
         check_choice(self.schedule, ("cosine", "constant", "authors"), "schedule")
         check_choice(self.select_by, ("ACC", "AUC", "loss"), "select_by")
@@ -2771,6 +2775,11 @@ class FineTuneConfig:
             recipe="demo", image_size=48, epochs=5, batch_size=16, lr=1e-3, backbone_lr=1e-3,
             freeze_epochs=0, warmup=0.1, augment=(), normalise="dataset",
         )
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images at once where nothing is trained: many, but fewer where a step must be small."""
+        return min(256, 16 * self.batch_size)
 
     @property
     def short(self) -> bool:
@@ -2916,13 +2925,21 @@ def _autocast(precision: str, device: torch.device) -> torch.autocast:
 def _numerics(precision: str) -> Iterator[None]:
     """Set repeatable kernels and the float32 mode of a GPU for a block, backward passes too."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
-    cudnn.deterministic, cudnn.benchmark = True, False
-    cudnn.allow_tf32 = matmul.allow_tf32 = precision != "fp32"
+    modes = matmul, cudnn.conv, cudnn.rnn
+    before = cudnn.deterministic, cudnn.benchmark, [mode.fp32_precision for mode in modes]
+
+    def set_all(deterministic: bool, benchmark: bool, precisions: Sequence[str]) -> None:
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        # the older switches, too: PyTorch raises an error where one that is asked contradicts
+        matmul.allow_tf32, cudnn.allow_tf32 = (which == "tf32" for which in precisions[:2])
+        for mode, wanted in zip(modes, precisions, strict=True):
+            mode.fp32_precision = wanted
+
+    set_all(True, False, ["ieee" if precision == "fp32" else "tf32"] * 3)
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+        set_all(*before)
 
 
 def _loss(
@@ -3060,18 +3077,26 @@ class _Step:
         here.wait_stream(self.side)
         return loss
 
+    def _weigh(self, index: torch.Tensor) -> Any:
+        """Return what the loss of these images was divided by, their number or their weights."""
+        if self.weight is None or self.labels.ndim == 2:
+            return len(index)
+        return self.weight[self.labels[index]].sum()
+
     def _take(self, index: torch.Tensor, draws: torch.Tensor, rates: Any) -> torch.Tensor:
         """Forward, backward, optimizer."""
-        parts, loss = self.config.accumulate, torch.zeros((), device=self.device)
+        # no part of a single image: BatchNorm could not normalise by it
+        parts = max(1, min(self.config.accumulate, len(index) // 2))
+        loss = torch.zeros((), device=self.device)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group.update(lr=rate, capturable=self.graph is not None)
         self.optimizer.zero_grad()
-        for some, drawn in zip(index.chunk(parts), draws.chunk(parts), strict=True):
+        for some, drawn in zip(index.tensor_split(parts), draws.tensor_split(parts), strict=True):
             x = self.preprocessing(self.images[some])
             x = augment_batch(x, self.config.augment, drawn)             # (B, 3, S, S)
             with _autocast(self.precision, self.device):
                 part = _loss(self.model(x), self.labels[some], self.weight)
-            part = part * (len(some) / len(index))
+            part = part * (self._weigh(some) / self._weigh(index))
             part.backward()
             loss += part.detach()
         self.optimizer.step()
@@ -3203,7 +3228,7 @@ def _settings(
         "dataset": data.name, "dataset_fingerprint": of_data, "test_fingerprint": of_test,
         "class_names": list(data.class_names), "method": report.method, "weights": report.weights,
         "weights_fingerprint": report.fingerprint, "allow_extra": list(report.allow_extra),
-        "label_fraction": float(label_fraction), "seed": seed, "n_train": len(subset),
+        "label_fraction": label_fraction, "seed": seed, "n_train": len(subset),
         "subset_fingerprint": of_subset, **dataclasses.asdict(config),
         "augment": list(config.augment), "lr_candidates": list(config.lr_candidates),
         "stamp": "DEMO" if demo else "SHORT" if config.short else "",
@@ -3312,7 +3337,8 @@ def _train(
             if bad is not None:
                 raise NotFiniteError(f"The loss is not finite at step {bad}, on images "
                                      f"{', '.join(train.ids[batch.numpy()])}.")
-            validation = evaluate(model, val, prep, precision=_precision(config, device))
+            validation = evaluate(model, val, prep, precision=_precision(config, device),
+                                  batch_size=config.eval_batch_size)
         except NotFiniteError as error:
             if best:
                 _save_weights(folder / "best.safetensors", best)
@@ -3350,13 +3376,13 @@ def _race(
             rows = _train(model, train, val, tried, prep, seed, folder, shown, f"last_{rate:g}.pt",
                           save_at=config.epochs)
         except NotFiniteError as error:
-            broken = error
+            broken = str(error)  # the error itself would keep the memory of this try
             continue
         history += [{"lr_candidate": rate, **row} for row in rows]
         if _best_row(config, history) >= len(history) - len(rows):
             best = copy.deepcopy(model.state_dict())
     if not history:
-        raise broken
+        raise NotFiniteError(broken)
     model.load_state_dict(best)
     return history
 
@@ -3365,20 +3391,22 @@ _kept_features: dict[tuple, DataSplits] = {}  # in this process, the newest last
 
 
 def _features(
-    net: nn.Module, data: DataSplits, prep: Preprocessing, *key: Any,
+    net: nn.Module, data: DataSplits, prep: Preprocessing, batch_size: int, *key: Any,
 ) -> DataSplits:
     """Return the data with features (N, 2048) for images: once for all fractions and seeds.
 
     Always of all images and in the same batches, so that kept features have the bits of new ones.
-    They are found again by `prep` and `key`: device, fingerprints of data and backbone.
+    They are found again by `prep`, `batch_size` and `key`: device, fingerprints of data and net.
     """
-    found = _kept_features.pop((prep, *key), None)
+    key = prep, batch_size, *key
+    found = _kept_features.pop(key, None)
     if found is None:
         head, net.fc = net.fc, nn.Identity()
         found = replace(data, **{name: replace(part, images=predict(
-            net, part.images, prep).numpy()) for name in SPLITS for part in [getattr(data, name)]})
+            net, part.images, prep, batch_size=batch_size).numpy())
+            for name, part in data.parts.items()})
         net.fc = head
-    _kept_features[prep, *key] = found
+    _kept_features[key] = found
     sizes = [8192 * sum(len(getattr(d, name)) for name in SPLITS) for d in _kept_features.values()]
     while len(sizes) > 1 and sum(sizes) > FEATURE_BYTES:
         del _kept_features[next(iter(_kept_features))], sizes[0]
@@ -3507,7 +3535,7 @@ def fine_tune(
     model: nn.Module, report: KeyReport, data: DataSplits,
     config: FineTuneConfig | None = None, *, label_fraction: float = 1.0, seed: int = 0,
     study: str = "study", runs_dir: str | Path = "runs", device: str = "auto",
-    progress: str = "auto", keep_best: bool = True,
+    progress: str = "auto", keep_best: bool = True, known: tuple | None = None,
 ) -> Run:
     """Fine-tune a backbone on a labelled subset, test it once, and write the run folder.
 
@@ -3523,22 +3551,23 @@ def fine_tune(
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         progress: "auto", "bar", "log" or "none", see `Progress`.
         keep_best: keep the best epoch's weights as best.safetensors.
+        known: what a study knows already of data that it alone holds, see `_known`.
 
     Raises:
         ValueError: settings that cannot work; nothing has been written.
         TrainingError: the loss was not finite, or another process writes this run.
     """
-    config = config or FineTuneConfig()
-    where = pick_device(device)
+    config, where = config or FineTuneConfig(), pick_device(device)
+    label_fraction, seed = _plain("label_fraction", label_fraction), _plain("seed", seed)
     if config.cuda_graph and where.type != "cuda":
         raise ValueError(f"cuda_graph=True needs a CUDA GPU, and this run is on {where}. "
                          "Set cuda_graph=False.")
     _check_trainable(config, data)
-    checks = check_splits(data)
+    subset, fingerprints, checks = known or (label_subset(
+        data.train.labels, label_fraction, seed=seed, groups=data.train.groups,
+        rule=config.subset_rule), None, check_splits(data))
     checks.raise_for_errors()
-    subset = label_subset(data.train.labels, label_fraction, seed=seed,
-                          groups=data.train.groups, rule=config.subset_rule)
-    settings = _settings(report, data, config, subset, label_fraction, seed)
+    settings = _settings(report, data, config, subset, label_fraction, seed, fingerprints)
     folder = Path(runs_dir) / study / run_name(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_writer(folder), _explained(folder, config):
@@ -3557,21 +3586,23 @@ def fine_tune(
         prep, linear = preprocessing_for(config, data, report.method), config.recipe == "linear"
         passes = 1 if linear else config.epochs * max(1, len(config.lr_candidates))
         shown = Progress(progress, passes * len(subset), f"{report.method} on {data.name}")
-        if linear:  # of all that follows, only the head
-            seen = _features(net, data, prep, settings["dataset_fingerprint"], where,
-                             _fingerprint({k: v.cpu() for k, v in model.state_dict().items()}))
-            shown.bar.update(len(subset))
-            last, look = net.fc, nn.Identity()
-            history = _fit_linear(last, seen.train.take(subset), seen.val, config, shown)
-        else:
-            last, seen, look = net, data, prep
-            history = (_race if config.lr_candidates else _train)(
-                net, data.train.take(subset), data.val, config, prep, seed, folder, shown)
-        shown.bar.close()
+        with contextlib.closing(shown.bar):
+            if linear:  # of all that follows, only the head
+                seen = _features(net, data, prep, config.eval_batch_size, where,
+                                 settings["dataset_fingerprint"],
+                                 _fingerprint({k: v.cpu() for k, v in model.state_dict().items()}))
+                shown.bar.update(len(subset))
+                last, look = net.fc, nn.Identity()
+                history = _fit_linear(last, seen.train.take(subset), seen.val, config, shown)
+            else:
+                last, seen, look = net, data, prep
+                history = (_race if config.lr_candidates else _train)(
+                    net, data.train.take(subset), data.val, config, prep, seed, folder, shown)
         trained, best = time.perf_counter(), _best_row(config, history)
         # of a run that was interrupted, the epochs before that count too
         spent = max(trained - began, sum(row["seconds"] for row in history))
-        results = {part: evaluate(last, getattr(seen, part), look) for part in ("val", "test")}
+        results = {part: evaluate(last, getattr(seen, part), look,
+                                  batch_size=config.eval_batch_size) for part in ("val", "test")}
         if keep_best:
             _save_weights(folder / "best.safetensors", net.state_dict())
         else:
@@ -3596,10 +3627,15 @@ def fine_tune(
 
 @contextlib.contextmanager
 def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
-    """Say what is kept when a run is interrupted, and what to lower when memory runs out."""
+    """Say what is kept when a run is interrupted, and what to lower when memory runs out.
+
+    A notebook keeps its last error, and with it the variables of every call that it went through:
+    they are cleared, so that the memory of the device is free for the next try.
+    """
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        traceback.clear_frames(error.__traceback__)
         kept = "goes on from its last saved epoch" if any(folder.glob("last*.pt")) else \
             "starts again (nothing was saved in its first minute)"
         print(f"\nInterrupted. Ask for the same run again and {folder.name} {kept}.", flush=True)
@@ -3608,6 +3644,8 @@ def _explained(folder: Path, config: FineTuneConfig) -> Iterator[None]:
         said = f"{error} {error.__context__}"  # a recording that failed hides why
         if isinstance(error, RuntimeError) and not re.search(OUT_OF_MEMORY, said):
             raise
+        for one in filter(None, (error, error.__context__)):
+            traceback.clear_frames(one.__traceback__)
         raise TrainingError(
             f"Out of memory with batch_size {config.batch_size} at {config.image_size} pixels. "
             "Lower batch_size or image_size, or set accumulate=2: two half batches a step, which "
@@ -3886,6 +3924,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         config = _read_json(path)
         config["used_precision"] = config.get("environment", {}).get("precision")  # of "auto"
         row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
+        row["computed_in"] = config.get("environment", {}).get("precision")  # what "auto" meant
         done = path.with_name("metrics.json")
         if done.exists():
             metrics = _read_json(done)
@@ -4124,6 +4163,9 @@ def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} was run twice for {key} with different settings: "
                              f"{', '.join(p.name for p in group['folder'])}. Keep one.")
+    if len(found := done["computed_in"].value_counts()) > 1:
+        warnings.warn(f"Computed in {' and '.join(f'{k} ({n} runs)' for k, n in found.items())}: "
+                      "precision 'auto' depends on the device. Set it to compare like with like.")
 
 
 def describe_comparison(table: pd.DataFrame) -> str:
@@ -4220,7 +4262,7 @@ def _plain(name: str, value: Any) -> Any:
         plain = None
     if plain is None or isinstance(default, tuple) or plain != value:
         raise ValueError(f"{name} is {value!r}; give one {type(default).__name__}, such as "
-                         f"{default!r}. Several values belong in the grid.")
+                         f"{default!r}. Several values belong in the grid of a study.")
     return plain
 
 
@@ -4274,22 +4316,25 @@ def _cell_backbone(cell: Mapping[str, Any]) -> tuple[nn.Module, KeyReport]:
 
 
 @functools.lru_cache(maxsize=64)
-def _known(data: DataSplits, *asked: Any) -> tuple[np.ndarray, tuple[str, str, str]]:
-    """Return a label subset, and the fingerprints of data, test part and subset. They are kept:
-    only a study holds these data, so that nobody changes them."""
+def _known(
+    data: DataSplits, *asked: Any,
+) -> tuple[np.ndarray, tuple[str, str, str], SplitReport]:
+    """Return a label subset, the fingerprints of data, test part and subset, and the report on the
+    splits. They are kept: only a study holds these data, so that nobody changes them."""
     if not asked:
-        return np.arange(0), (data.fingerprint, data.test.fingerprint, "")
+        return np.arange(0), (data.fingerprint, data.test.fingerprint, ""), check_splits(data)
     fraction, seed, rule = asked
     subset = label_subset(data.train.labels, fraction, seed=seed, groups=data.train.groups,
                           rule=rule)
-    return subset, (*_known(data)[1][:2], data.train.take(subset).ids_fingerprint)
+    _, (*of_data, _), checks = _known(data)
+    return subset, (*of_data, data.train.take(subset).ids_fingerprint), checks
 
 
 def _cell_folder(cell: Mapping[str, Any]) -> Path:
     """Return the run folder of a cell; its name follows from weights and data, which are read."""
     config, data = _cell_data(cell)
     asked = cell["label_fraction"], cell["seed"]
-    subset, fingerprints = _known(data, *asked, config.subset_rule)
+    subset, fingerprints, _ = _known(data, *asked, config.subset_rule)
     settings = _settings(_cell_backbone(cell)[1], data, config, subset, *asked, fingerprints)
     return Path(cell["runs_dir"], cell["study"], run_name(settings))
 
@@ -4299,7 +4344,7 @@ def _keep_subset(cell: Mapping[str, Any]) -> None:
     train on the same images."""
     config, data = _cell_data(cell)
     fraction, seed, rule = cell["label_fraction"], cell["seed"], config.subset_rule
-    subset, (*_, fingerprint) = _known(data, fraction, seed, rule)
+    subset, (*_, fingerprint), _ = _known(data, fraction, seed, rule)
     name = f"{data.name}_f{fraction:g}_s{seed}_{fingerprint[:8]}.json"
     if not (path := Path(cell["runs_dir"], cell["study"], "subsets", name)).exists():
         _write_json(path, {
@@ -4319,8 +4364,10 @@ def _look(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         try:
             check_choice(cell["method"], (*METHODS, *CONTROLS), "method")
             config, data = _cell_data(cell)
-            row["n_train"] = len(_known(data, cell["label_fraction"], cell["seed"],
-                                        config.subset_rule)[0])
+            subset, _, checks = _known(data, cell["label_fraction"], cell["seed"],
+                                       config.subset_rule)
+            row["n_train"] = len(subset)
+            checks.raise_for_errors()
             if run_name({**cell, "dataset": data.name}).rpartition("_")[0] in begun:
                 row["folder"] = _cell_folder(cell)  # for others no weights need to be read
                 files = [(row["folder"] / f).exists() for f in ("metrics.json", "config.json")]
@@ -4372,11 +4419,18 @@ def _rate(
     spent = [_read_json(row["folder"] / "metrics.json")["seconds"] for row in done]
     if done:
         return sum(spent) / sum(row["images"] for row in done), f"rate of {len(done)} finished"
+    # with several GPUs in a process that ends: this one would hold on to the first of them
+    worker = _workers(executor, 0, {cell["device"]})[0]
     try:
-        submit = executor.submit if executor else _call
+        submit = worker["pool"].submit if worker["pool"] else _call
         return submit(_time_steps, cell).result(), "rate of timed steps"
     except Exception as error:  # the cell will fail likewise, and be listed
         return math.nan, f"no rate, {type(error).__name__}: {error}"
+    finally:
+        torch.cuda.empty_cache()  # workers that share one GPU with this process need it
+        if "new" in worker:
+            worker["line"].close()
+            worker["pool"].shutdown()
 
 
 def plan_study(
@@ -4461,7 +4515,8 @@ def _run_cell(cell: Mapping[str, Any], moment: int = 0) -> str | None:
             _run_in_notebook(cell)
         else:
             config, data = _cell_data(cell)
-            fine_tune(*_cell_backbone(cell), data, config, progress="none",
+            known = _known(data, cell["label_fraction"], cell["seed"], config.subset_rule)
+            fine_tune(*_cell_backbone(cell), data, config, progress="none", known=known,
                       **{name: cell[name] for name in names})
     except Exception as error:  # one bad cell never stops the rest
         kind = getattr(error, "ename", type(error).__name__)  # papermill names the notebook's own
@@ -4538,6 +4593,8 @@ def _work_off(
                     future.set_exception(error)
                 running[future] = i, worker
                 future.add_done_callback(ended.put)
+            while ended.empty():  # on Windows nothing interrupts `get` while it waits
+                time.sleep(0.02)
             i, worker = running.pop(future := ended.get())
             try:
                 error = future.result()
@@ -4606,16 +4663,18 @@ def run_study(
     shown = Progress(progress, int(work[left].sum()), "study")
     todo = [cells[i] for i in left]
     free = _workers(executor, workers, {cell["device"] for cell in todo})
-    for n, (k, error) in enumerate(_work_off(todo, free), start=1):
-        errors[left[k]] = error
-        spent += work[left[k]]
-        shown.bar.update(int(work[left[k]]))
-        shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
-        if shown.how == "log":
-            rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
-            print(f"{n} of {len(left)}, about {timedelta(seconds=round(rest))} left: "
-                  f"{' '.join(str(todo[k][name]) for name in grid)}: {error or 'done'}", flush=True)
-    shown.bar.close()
+    # both are closed however this ends: a notebook would keep them with the error, workers and all
+    with contextlib.closing(shown.bar), contextlib.closing(_work_off(todo, free)) as ended:
+        for n, (k, error) in enumerate(ended, start=1):
+            errors[left[k]] = error
+            spent += work[left[k]]
+            shown.bar.update(int(work[left[k]]))
+            shown.bar.set_postfix(runs=f"{n}/{len(left)}", failed=sum(map(bool, errors)))
+            if shown.how == "log":
+                rest = (time.monotonic() - began) * (work[left].sum() / spent - 1)
+                what = " ".join(str(todo[k][name]) for name in grid)
+                print(f"{n} of {len(left)}, about {timedelta(seconds=round(rest))} left: {what}: "
+                      f"{error or 'done'}", flush=True)
     rows = _look(cells)
     for row, error, cell in zip(rows, errors, cells):
         row["error"] = error or row["error"] or ("" if row["status"] == "done" else (

@@ -101,6 +101,29 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert same(run(backbone, data, tmp_path / "broken", **settings), whole)
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="asks CUDA for its memory")
+@pytest.mark.parametrize("graph", [False, True])
+def test_an_interrupted_run_gives_its_memory_back_though_its_error_is_kept(
+        backbone, data, tmp_path, monkeypatch, graph):
+    """As a notebook keeps it. The network and its gradients may stay; what a step of 32 images of
+    224 pixels needs is ten times as much."""
+    def reserved() -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    def interrupted(*args, **options):
+        peak.append(torch.cuda.memory_reserved())
+        raise KeyboardInterrupt
+
+    peak, before = [], reserved()
+    monkeypatch.setattr(medssl, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        run(backbone, medssl.demo_data(n_train=160, n_val=24, n_test=24, image_size=224), tmp_path,
+            image_size=224, batch_size=32, precision="fp32", cuda_graph=graph)
+    assert kept.value.__traceback__ is not None
+    assert reserved() - before < (peak[0] - before) / 2
+
+
 def test_every_precision_learns_the_phantoms_as_well(backbone, tmp_path):
     """Test AUC above .85 and within .08 of each other; the test itself is scored in fp32."""
     data, auc = medssl.demo_data(), {}

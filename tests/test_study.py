@@ -5,9 +5,11 @@ import gc
 import hashlib
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections import Counter
@@ -90,6 +92,32 @@ def test_what_is_done_is_not_done_again(log):
 def test_data_are_loaded_once_for_all_cells(log):
     study(log)
     assert notes(log, "loaded") == [f"{os.getpid()} toy"]
+
+
+def test_data_are_hashed_and_checked_once_for_all_cells(log, monkeypatch):
+    """Half a second for COVID-CT, where a run on a GPU takes five."""
+    calls, check, whole = [], medssl.check_splits, medssl.Split.fingerprint
+    monkeypatch.setattr(medssl, "check_splits", lambda data: calls.append("check") or check(data))
+    monkeypatch.setattr(medssl.Split, "fingerprint", property(
+        lambda split: calls.append("hash") or whole.fget(split)))
+    table = study(log)
+    assert sorted(calls) == ["check"] + ["hash"] * 4  # train, val, and test for itself, too
+    alone = medssl.fine_tune(*tiny_study.load_backbone("SparK"), tiny_study.make_toy(),
+                             medssl.FineTuneConfig.named("demo", **{
+                                 k: v for k, v in TINY.items() if k != "dataset"}),
+                             progress="none", runs_dir=log.parent / "alone", study="study")
+    assert alone.folder.name in {folder.name for folder in table["folder"]}
+    assert sorted(calls) == ["check"] * 2 + ["hash"] * 8
+
+
+def test_the_plan_says_that_data_are_not_fit_for_training(log, monkeypatch):
+    def spoilt(*args, **options):
+        data = tiny_study.load_data(*args, **options)
+        data.test.images[0] = data.train.images[0]
+        return data
+
+    monkeypatch.setattr(medssl, "load_data", spoilt)
+    assert "toy is not fit for training" in plan(log, {"seed": [0]})["error"][0]
 
 
 def test_data_that_changed_between_two_studies_are_noticed(log, monkeypatch):
@@ -361,6 +389,46 @@ def test_each_gpu_gets_a_worker_of_its_own(log, monkeypatch):
     assert str(os.getpid()) not in dict(given)
 
 
+@pytest.mark.slow
+def test_with_several_gpus_the_steps_of_a_plan_are_timed_in_a_process_that_ends(log, monkeypatch):
+    """This one would keep a part of the first GPU while a worker trains there."""
+    monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(medssl, "_time_steps", tiny_study.time_steps_and_say_where)
+    assert plan(log, {"seed": [0]})["seconds"][0] > 0
+    where, = notes(log, "timed")
+    assert int(where) != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(where), 0)
+
+
+def test_timed_steps_leave_the_memory_of_a_gpu_to_the_workers(log, monkeypatch):
+    emptied = []
+    monkeypatch.setattr(medssl.torch.cuda, "empty_cache", lambda: emptied.append(1))
+    plan(log, {"seed": [0]})
+    assert emptied
+
+
+def test_a_study_stopped_between_two_runs_leaves_no_worker(log, monkeypatch):
+    """The error is kept, as a notebook does, and with it whatever the study had begun."""
+    ended = []
+
+    def work_off(cells, free):
+        try:
+            yield 0, ""
+        finally:
+            ended.append("workers")
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(medssl, "_work_off", work_off)
+    monkeypatch.setattr(medssl.tqdm, "set_postfix", stop)
+    monkeypatch.setattr(medssl.tqdm, "close", lambda bar: ended.append("bar"))
+    with pytest.raises(KeyboardInterrupt) as kept:
+        study(log, {"seed": [0, 1]})
+    assert ended == ["workers", "bar"] and kept.value.__traceback__ is not None
+
+
 def test_more_workers_than_gpus_share_them(monkeypatch):
     monkeypatch.setattr(medssl.torch.cuda, "device_count", lambda: 2)
     workers = medssl._workers(None, 3, {"auto"})
@@ -630,6 +698,27 @@ class Remembering(Executor):
             self.results[key] = fn(*args)
         future.set_result(self.results[key])
         return future
+
+
+class Later(Executor):
+    """Answers from a thread, some time after it was asked."""
+
+    def submit(self, fn, *args):
+        future = Future()
+        threading.Timer(0.2, lambda: future.set_result("")).start()
+        return future
+
+
+def test_a_study_can_be_interrupted_while_it_waits_on_windows_too(monkeypatch):
+    """There the stop button of a notebook does not reach a thread that waits for a lock."""
+    class Windows(queue.SimpleQueue):
+        def get(self):
+            assert not self.empty(), "waits for a lock, deaf to the stop button"
+            return super().get()
+
+    monkeypatch.setattr(medssl.queue, "SimpleQueue", Windows)
+    worker = {"pool": Later(), "device": ""}
+    assert list(medssl._work_off([{"device": "cpu"}] * 2, [worker])) == [(0, ""), (1, "")]
 
 
 def test_a_run_that_was_busy_is_asked_for_anew_of_an_executor_that_remembers(monkeypatch):

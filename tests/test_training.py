@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 
 import fake_cuda_graph
 import numpy as np
@@ -264,6 +265,28 @@ def test_a_gpu_is_told_to_repeat_itself_in_the_precision_asked_for_backwards_too
     assert before == (cudnn.deterministic, cudnn.benchmark, cudnn.allow_tf32)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_float32_mode_that_was_set_in_pytorchs_newer_way_is_no_error_and_stays(toy, precision):
+    """PyTorch raises one where the older switches are asked then."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    modes = matmul, cudnn.conv, cudnn.rnn
+    before, told = [mode.fp32_precision for mode in modes], []
+    net = TinyNet()
+    net.conv2.register_forward_hook(lambda *_: told.append(
+        ([mode.fp32_precision for mode in modes], matmul.allow_tf32, cudnn.allow_tf32)))
+    try:
+        matmul.fp32_precision, cudnn.conv.fp32_precision = "tf32", "ieee"
+        medssl.predict(net, toy.val.images, medssl.preprocessing_for(QUICK, toy, "random"),
+                       precision=precision)
+        assert [mode.fp32_precision for mode in modes] == ["tf32", "ieee", "tf32"]
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = False, True  # PyTorch's defaults
+        for mode, old in zip(modes, before):
+            mode.fp32_precision = old
+    tf32 = precision != "fp32"
+    assert told == [(["tf32" if tf32 else "ieee"] * 3, tf32, tf32)]
+
+
 def train_tiny(toy, config, kept=None) -> dict[str, torch.Tensor]:
     """Train as `fine_tune` does and return the weights."""
     torch.manual_seed(0)
@@ -463,6 +486,10 @@ def test_each_default_of_the_recommended_recipe_says_why():
     ({"lr": float("nan")}, "lr must be above 0, not nan"),
     ({"lr_candidates": (1e-3, -1)}, "lr_candidates must be above 0"),
     ({"backbone_lr": -1e-4}, r"backbone_lr must lie in \[0, inf\], not -0.0001"),
+    ({"epochs": 2.5}, "epochs is 2.5; give one int, such as 50"),
+    ({"batch_size": "8"}, "batch_size is '8'; give one int"),
+    ({"lr": (1e-3, 1e-4)}, "lr is .*Several values belong in the grid of a study"),
+    ({"augment": "affine"}, "augment is 'affine'; give one tuple, such as .'affine',."),
     ({"warmup": 10}, r"warmup must lie in \[0, 1\], not 10"),
 ])
 def test_config_names_a_bad_setting(change, words):
@@ -564,6 +591,56 @@ def test_accumulated_parts_give_the_gradient_of_the_batch_where_batchnorm_is_fro
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulated_parts_give_the_gradient_of_the_batch_with_class_weights_too(toy):
+    """The loss of a batch is divided by the weights of its images, that of a part by its own."""
+    few = np.flatnonzero((toy.train.labels == 0) | (np.arange(24) < 8))       # 12 + 4 images
+    images, labels = (torch.as_tensor(array[few]) for array in (
+        toy.train.images, toy.train.labels))
+    whole = FineTuneConfig(image_size=SIZE, epochs=2, freeze_epochs=2, batch_size=8, augment=(),
+                           precision="fp32", class_weights=True)
+    gradients = []
+    for parts in 1, 3:
+        config = dataclasses.replace(whole, accumulate=parts)
+        torch.manual_seed(0)
+        model = TinyNet()
+        medssl.set_phase(model, medssl.phase_of(config, 0))
+        optimizer = medssl.make_optimizer(model, config)
+        step = medssl._Step(model, images, labels, optimizer, config,
+                            medssl.preprocessing_for(config, toy, "random"), compiled=False)
+        loss = step(torch.arange(len(few)), torch.rand(len(few), 6), (0.0, 0.0))
+        gradients.append(torch.cat([loss.view(1), model.fc.weight.grad.flatten()]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("images, parts", [(7, [3, 2, 2]), (5, [3, 2]), (3, [3]), (2, [2])])
+def test_no_part_of_a_batch_is_a_single_image(toy, images, parts, monkeypatch):
+    """BatchNorm raises an error where one image is one pixel in the end, as in a ResNet at 32."""
+    augment, seen = medssl.augment_batch, []
+    monkeypatch.setattr(medssl, "augment_batch", lambda x, *rest: (
+        seen.append(len(x)), augment(x, *rest))[1])
+    some = toy.train.take(np.arange(images))
+    config = dataclasses.replace(QUICK, epochs=1, accumulate=3)
+    train_tiny(dataclasses.replace(toy, train=some), config)
+    assert seen == parts
+
+
+def test_a_rate_that_broke_down_leaves_its_memory_to_the_next(
+        backbone, toy, tmp_path, monkeypatch, only_small_rates):
+    """Its optimizer and, on a GPU, its recorded steps."""
+    made, make = [], medssl.make_optimizer
+
+    def watch(*args):
+        assert not any(other() for other in made)
+        optimizer = make(*args)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    monkeypatch.setattr(medssl, "make_optimizer", watch)
+    config = dataclasses.replace(QUICK, lr_candidates=(0.5, 0.1, 1e-2))
+    run_quick(backbone, toy, tmp_path, config)
+    assert len(made) == 3
+
+
 def test_the_rate_is_chosen_on_validation_and_recorded(backbone, toy, tmp_path):
     config = dataclasses.replace(QUICK, lr_candidates=(1e-6, 1e-2))
     run = run_quick(backbone, toy, tmp_path, config)
@@ -651,6 +728,23 @@ def test_a_whole_number_names_the_same_run(backbone, toy, tmp_path):
         backbone, toy, tmp_path, label_fraction=1).folder
 
 
+def test_numbers_of_numpy_name_the_same_run(backbone, toy, tmp_path):
+    """A seed of `np.arange` was an error that named neither seed nor setting."""
+    numbers = dataclasses.replace(QUICK, epochs=np.int64(3), lr=np.float32(0.5), augment=["affine"])
+    plain = dataclasses.replace(QUICK, lr=0.5, augment=("affine",))
+    assert run_quick(backbone, toy, tmp_path, numbers, seed=np.int64(1)).folder == run_quick(
+        backbone, toy, tmp_path, plain, seed=1).folder
+
+
+@pytest.mark.parametrize("asked, words", [
+    ({"seed": 0.5}, "seed is 0.5; give one int"),
+    ({"label_fraction": "all"}, "label_fraction is 'all'; give one float, such as 1.0")])
+def test_a_seed_or_share_of_another_type_is_named(backbone, toy, tmp_path, asked, words):
+    with pytest.raises(ValueError, match=words):
+        run_quick(backbone, toy, tmp_path, **asked)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_setting_that_changes_the_result_changes_the_folder(backbone, toy, tmp_path):
     a = run_quick(backbone, toy, tmp_path)
     b = run_quick(backbone, toy, tmp_path, dataclasses.replace(QUICK, lr=2e-3))
@@ -719,6 +813,18 @@ def test_features_are_computed_once_for_all_fractions_and_seeds(backbone, toy, t
         for seed in (0, 1):
             run_quick(backbone, toy, tmp_path, LINEAR, label_fraction=fraction, seed=seed)
     assert sum(passes) == len(toy.train) + len(toy.val) + len(toy.test)
+
+
+@pytest.mark.parametrize("config", [LINEAR, QUICK])
+def test_a_small_batch_size_makes_evaluation_small_as_well(
+        backbone, toy, tmp_path, passes, config):
+    """Else the advice to lower it would not help a GPU that cannot hold 256 images."""
+    data = dataclasses.replace(toy, test=toy_split(40, "c", 2))
+    run_quick(backbone, data, tmp_path / "many", config)
+    assert max(passes) == 40
+    passes.clear()
+    run_quick(backbone, data, tmp_path / "few", dataclasses.replace(config, batch_size=2))
+    assert max(passes) == 32
 
 
 def test_kept_features_give_the_bits_of_new_ones(backbone, toy, tmp_path, passes):
@@ -902,6 +1008,23 @@ def test_out_of_memory_while_a_step_is_recorded_says_so_too(backbone, toy, tmp_p
         run_quick(backbone, toy, tmp_path)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError("out of memory")])
+def test_a_run_that_stopped_holds_no_memory_though_its_error_is_kept(
+        backbone, toy, tmp_path, monkeypatch, error):
+    """A notebook keeps its last error, and with it the variables of all calls in between: the next
+    try, with a smaller batch, would not find the memory of this one."""
+    held = []
+
+    def stop(x, *_):
+        held.append(weakref.ref(x))
+        raise error
+
+    monkeypatch.setattr(medssl, "augment_batch", stop)
+    with pytest.raises((KeyboardInterrupt, medssl.TrainingError)) as kept:
+        run_quick(backbone, toy, tmp_path)
+    assert kept.value.__traceback__ is not None and held[0]() is None
+
+
 def test_an_illegal_memory_access_is_not_called_a_lack_of_memory(
         backbone, toy, tmp_path, monkeypatch):
     def broken(*args):
@@ -1052,6 +1175,16 @@ def test_progress_bar_counts_images_and_shows_the_validation_score(
     fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="cpu", progress="bar")
     out = capsys.readouterr()
     assert "72/72" in out.err and "img/s" in out.err and "val_AUC" in out.err and out.out == ""
+
+
+def test_the_bar_of_a_run_that_stopped_is_closed(backbone, toy, tmp_path, monkeypatch):
+    """Else the bar of the next run stands below it, and both are drawn anew for ever."""
+    bars, make = [], medssl.tqdm
+    monkeypatch.setattr(medssl, "tqdm", lambda **given: bars.append(make(**given)) or bars[-1])
+    monkeypatch.setattr(medssl, "train_one_epoch", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fine_tune(backbone, REPORT, toy, QUICK, runs_dir=tmp_path, device="cpu", progress="bar")
+    assert bars[0] not in make._instances
 
 
 def test_a_watched_notebook_gets_one_curve_that_is_redrawn(monkeypatch):

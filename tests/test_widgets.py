@@ -190,6 +190,17 @@ def test_monitor_looks_again_when_it_ticks(study):
     assert (int(before["done"].sum()), int(monitor.result["done"].sum())) == (1, 2)
 
 
+def test_monitor_offers_a_run_that_began_after_it_was_drawn(study):
+    monitor = start_monitor(study)["monitor"]
+    controls(monitor)["run"].value = "trains"
+    (study / "another").mkdir()
+    (study / "another" / "config.json").write_text((study / "done" / "config.json").read_text())
+    controls(monitor)["again"].value += 1
+    assert controls(monitor)["run"].options == ("all", "another", "begun", "done", "trains")
+    assert controls(monitor)["run"].value == "trains"
+    assert monitor.result["epoch"].tolist() == [0, 1]
+
+
 def test_monitor_of_a_study_that_has_not_begun_is_empty(tmp_path):
     assert len(start_monitor(tmp_path / "nothing")["displayed"][0]) == 0
 

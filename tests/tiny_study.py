@@ -119,3 +119,9 @@ def time_steps(cell):
         install()
     RUNNING.clear()
     return REAL["_time_steps"](cell)
+
+
+def time_steps_and_say_where(cell):
+    with open(Path(cell["data_dir"], "timed"), "a") as file:
+        file.write(f"{os.getpid()}\n")
+    return time_steps(cell)
