@@ -3924,7 +3924,6 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         config = _read_json(path)
         config["used_precision"] = config.get("environment", {}).get("precision")  # of "auto"
         row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
-        row["computed_in"] = config.get("environment", {}).get("precision")  # what "auto" meant
         done = path.with_name("metrics.json")
         if done.exists():
             metrics = _read_json(done)
@@ -4154,6 +4153,8 @@ def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
             for column in columns:
                 if len(found := group[column].unique()) > 1:
                     way = f", or keep them apart with by=[{column!r}]" if keys is apart else ""
+                    if column == "used_precision":
+                        way += " (precision='auto' depends on the device: set it for all)"
                     raise ValueError(f"Runs of {', '.join(map(str, key))} differ in {column}: "
                                      f"{sorted(map(str, found))}. Compare like with like{way}.")
     for key, group in done.groupby([*apart, "label_fraction", "seed"]):
@@ -4163,9 +4164,6 @@ def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
         if len(twice):
             raise ValueError(f"{twice.iloc[0]} was run twice for {key} with different settings: "
                              f"{', '.join(p.name for p in group['folder'])}. Keep one.")
-    if len(found := done["computed_in"].value_counts()) > 1:
-        warnings.warn(f"Computed in {' and '.join(f'{k} ({n} runs)' for k, n in found.items())}: "
-                      "precision 'auto' depends on the device. Set it to compare like with like.")
 
 
 def describe_comparison(table: pd.DataFrame) -> str:
