@@ -4568,8 +4568,7 @@ def plot_images(
         axis.set_title("\n".join(lines), fontsize=8)
     figure.suptitle(title, fontsize=10)
     texts = "; ".join(" ".join(text.split()) for text in titles)
-    start = f"{len(images)} images. " + (f"{title}: " if title else "")
-    return with_alt(figure, f"{start}{texts}.")
+    return with_alt(figure, f"{len(images)} images. {title and title + ': '}{texts}.")
 
 
 def plot_history(run: Run) -> Figure:
@@ -4621,14 +4620,13 @@ def plot_confusion(run: Run) -> Figure:
                          "no confusion matrix. Score each label by itself (notebook 03).")
     side = 2.2 + 0.45 * len(names)
     figure, axis = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
+    drawn = ConfusionMatrixDisplay.from_predictions(
         labels, run.predictions["scores"].argmax(1), labels=range(len(names)),
         display_labels=names, cmap="Blues", colorbar=False, ax=axis, xticks_rotation="vertical")
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_title(f"{_title(run)}\n{len(labels)} test images", fontsize=10)
-    pairs = Counter(zip(labels.tolist(), run.predictions["scores"].argmax(1).tolist()))
-    said = ", ".join(f"{count} {names[true]} called {names[called]}"
-                     for (true, called), count in sorted(pairs.items()))
+    said = ", ".join(f"{count} {names[true]} called {names[called]}" for (true, called), count
+                     in np.ndenumerate(drawn.confusion_matrix) if count)
     return with_alt(figure, f"Confusion matrix of {len(labels)} test images: {said}.")
 
 
