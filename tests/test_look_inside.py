@@ -52,6 +52,13 @@ def test_nothing_is_beyond_random_networks_that_are_perfect(looked_inside):
     assert not scope["known"]["beyond"].any()
 
 
+def test_the_range_of_random_networks_is_drawn_whole(looked_inside):
+    scope = run_cells(STEM, "axis.axvspan(", **looked_inside)
+    for axis, (lowest, highest) in zip(scope["axes"], looked_inside["chance"].to_numpy()):
+        left, right = axis.get_xlim()
+        assert left < lowest and highest < right
+
+
 def test_linear_evaluation_is_the_linear_recipe(looked_inside, few_phantoms, tmp_path):
     config = medssl.FineTuneConfig.named("linear", image_size=32, normalise="dataset",
                                          select_by="loss")
