@@ -53,8 +53,10 @@ def test_nothing_is_beyond_random_networks_that_are_perfect(looked_inside):
 
 
 def test_the_range_of_random_networks_is_drawn_whole(looked_inside):
-    scope = run_cells(STEM, "axis.axvspan(", **looked_inside)
-    for axis, (lowest, highest) in zip(scope["axes"], looked_inside["chance"].to_numpy()):
+    chance = looked_inside["chance"].assign(low=[0.5, 0.02], high=0.9)  # the second is wider
+    known = looked_inside["known"].assign(low=0.6, score=0.7, high=0.8)
+    scope = run_cells(STEM, "axis.axvspan(", **{**looked_inside, "chance": chance, "known": known})
+    for axis, (lowest, highest) in zip(scope["axes"], chance.to_numpy()):
         left, right = axis.get_xlim()
         assert left < lowest and highest < right
 
@@ -216,7 +218,8 @@ def test_a_confusion_matrix_is_spelt_out_in_words():
 
 
 def test_long_class_names_do_not_run_into_each_other():
-    names = ["true Glomerular endothelial cells\nsays Collecting Duct, Connecting Tubule (0.93)"] * 7
+    names = ["true Glomerular endothelial cells\nsays Collecting Duct, Connecting Tubule (1.00)"
+             ] * 7
     figure = medssl.plot_images(np.zeros((7, 8, 8), np.uint8), names, title="two rows")
     figure.draw_without_rendering()
     boxes = [axis.title.get_window_extent() for axis in figure.axes[:7]]
