@@ -51,7 +51,10 @@ export GRID
 .PHONY: help workbook lab html test test-network test-gpu test-browser test-colab bench faults badges figures clean grid
 
 help:
-	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "make %-13s %s\n", $$1, $$2}' Makefile
+	@echo
+	@echo "make workbook WEIGHTS=$(WEIGHTS) DATASET=$(DATASET) RECIPE=$(RECIPE) STUDY=$(STUDY) WORKERS=$(WORKERS)"
+	@echo "are the defaults, a demo. The README says what else they can be."
 
 # 04 and 05 need the grid's runs; 02 runs beside the grid, and so do 06 and 07 in a demo, one after
 # another, so that no core waits. Real ones come after it: they would take the GPU's memory from it.
@@ -74,7 +77,7 @@ DEMO := $(filter stand-in_phantom_demo,$(WEIGHTS)_$(DATASET)_$(RECIPE))
 BESIDE := 06_look_inside 07_use_your_own_data
 AFTER := 04_run_study 05_compare_results
 
-workbook: $(READY)  ## run the notebooks into runs/workbook, from the checkpoints to the comparison
+workbook: $(READY)  ## run all notebooks into runs/STUDY, from the checkpoints to the comparison
 	@mkdir -p "$(OUT)"
 	@$(MAKE) --no-print-directory -j "$(WORKERS)" $(BESIDE:%=run-%) $(AFTER:%=run-%)
 	@echo "Done. Read $(OUT)/05_compare_results.ipynb first: which method wins, and is it noise?"
@@ -97,19 +100,19 @@ run-%: $(READY)
 lab: $(READY)  ## open JupyterLab
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/01_download_checkpoints.ipynb
 
-html: $(READY)  ## write the notebooks, as they ran, as linked web pages into runs/html
+html: $(READY)  ## write the executed notebooks as linked web pages into runs/html
 	$(PY) .ci/pages.py . "$(STUDY)"
 
-figures: $(READY)  ## write the pictures of this README from the notebooks' outputs
+figures: $(READY)  ## write the README's pictures from the notebooks' outputs
 	$(PY) .ci/figures.py
 
-test: $(READY)  ## run all tests, the notebooks included; needs no network
+test: $(READY)  ## run all tests, the notebooks included, without network
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n "$(WORKERS)" --dist loadfile
 
 test-network: $(READY)  ## check the addresses of the published checkpoints
 	$(PY) -m pytest -m network
 
-test-gpu: $(READY)  ## check on a GPU what is promised of it: same bits, no waiting, bf16
+test-gpu: $(READY)  ## run the tests that need a GPU
 	DEVICE="$(DEVICE)" $(PY) -m pytest -m gpu -rs tests/test_gpu.py
 
 test-browser: $(READY)  ## run every notebook in JupyterLab in headless Chromium
@@ -124,7 +127,7 @@ bench: $(READY)  ## run the benchmarks
 	@set -e; for script in $(filter-out bench/faults%.py,$(wildcard bench/*.py)); do \
 	    echo "== $$script"; $(PY) "$$script"; done
 
-faults: $(READY)  ## print what happens at each fault: downloads, checkpoints, images
+faults: $(READY)  ## damage downloads, checkpoints and images, and print what happens
 	$(PY) bench/faults.py
 	$(PY) bench/faults_data.py
 

@@ -35,6 +35,7 @@ import re
 import shutil
 import struct
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -4716,20 +4717,24 @@ def plot_images(
         axis.axis("off")
     for axis, image, text in zip(axes.flat, images, titles):
         axis.imshow(np.asarray(image).astype(np.uint8), cmap="gray", vmin=0, vmax=255)
-        axis.set_title(text, fontsize=8)
+        lines = (textwrap.fill(line, 28) for line in text.splitlines())  # no wider than the image
+        axis.set_title("\n".join(lines), fontsize=8)
     figure.suptitle(title, fontsize=10)
     texts = "; ".join(" ".join(text.split()) for text in titles)
-    start = f"{len(images)} images. " + (f"{title}: " if title else "")
-    return with_alt(figure, f"{start}{texts}.")
+    return with_alt(figure, f"{len(images)} images. {title and title + ': '}{texts}.")
 
 
 def plot_history(run: Run) -> Figure:
     """Draw a run's losses and validation scores over its epochs, the chosen epoch marked."""
-    rows, config = run.history, run.config
+    rows = run.history
     if "lr_candidate" in rows:
         rows = rows[rows["lr_candidate"] == run.metrics["lr"]]
-    title = f"{run.stamp}: {config['method']} on {config['dataset']}".lstrip(": ")
-    return _draw_history(rows, title, run.metrics["best_epoch"])
+    return _draw_history(rows, _title(run), run.metrics["best_epoch"])
+
+
+def _title(run: Run) -> str:
+    """Name a run in a figure."""
+    return f"{run.stamp}: {run.config['method']} on {run.config['dataset']}".lstrip(": ")
 
 
 def _draw_history(rows: pd.DataFrame, title: str, chosen: int | None = None) -> Figure:
@@ -4768,14 +4773,13 @@ def plot_confusion(run: Run) -> Figure:
                          "no confusion matrix. Score each label by itself (notebook 03).")
     side = 2.2 + 0.45 * len(names)
     figure, axis = plt.subplots(figsize=(side + 0.6, side), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
+    drawn = ConfusionMatrixDisplay.from_predictions(
         labels, run.predictions["scores"].argmax(1), labels=range(len(names)),
         display_labels=names, cmap="Blues", colorbar=False, ax=axis, xticks_rotation="vertical")
     axis.set(xlabel="predicted", ylabel="true")
-    axis.set_title(f"{run.stamp}: {len(labels)} test images".lstrip(": "), fontsize=10)
-    pairs = Counter(zip(labels.tolist(), run.predictions["scores"].argmax(1).tolist()))
-    said = ", ".join(f"{count} {names[true]} called {names[called]}"
-                     for (true, called), count in sorted(pairs.items()))
+    axis.set_title(f"{_title(run)}\n{len(labels)} test images", fontsize=10)
+    said = ", ".join(f"{count} {names[true]} called {names[called]}" for (true, called), count
+                     in np.ndenumerate(drawn.confusion_matrix) if count)
     return with_alt(figure, f"Confusion matrix of {len(labels)} test images: {said}.")
 
 

@@ -1,4 +1,4 @@
-"""Write one small picture a notebook into notebooks/figures, from the notebooks' own outputs.
+"""Write one small picture per notebook into notebooks/figures, from its committed outputs.
 
 The README shows them. Usage: python .ci/figures.py [FOLDER]    (the repository's folder)
 """

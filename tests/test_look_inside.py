@@ -23,24 +23,25 @@ STEM = "06_look_inside"
 NOTEBOOK = nbformat.read(ROOT / "notebooks" / f"{STEM}.ipynb", as_version=4)
 
 
-# --- what pre-training already knew ---------------------------------------------------------------
+# --- what pre-training learnt ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reader", ["nearest neighbours", "linear"])
-def test_a_planted_checkpoint_knows_more_than_random_and_a_stand_in_does_not(looked_inside, reader):
-    known = looked_inside["known"].set_index(["reader", "network"])["beyond"]
-    assert known[reader, "file"]
-    assert not known[reader, "SparK"]
+@pytest.mark.parametrize("probe", ["nearest neighbours", "linear evaluation"])
+def test_a_planted_checkpoint_is_better_than_random_and_a_stand_in_is_not(looked_inside, probe):
+    known = looked_inside["known"].set_index(["probe", "network"])["beyond"]
+    assert known[probe, "file"]
+    assert not known[probe, "SparK"]
 
 
 def test_the_words_agree_with_the_numbers(looked_inside, capsys):
     run_cells(STEM, "for name in names:\n    by =", **looked_inside)
     said = capsys.readouterr().out.splitlines()
-    assert "SparK: not shown to know more than a random network." in said
-    assert "file: knows more than a random network, read by nearest neighbours and linear." in said
+    assert "SparK: not shown to be better than a random network." in said
+    assert ("file: better than a random network by nearest neighbours and linear evaluation."
+            in said)
 
 
-def test_random_networks_are_rarely_said_to_know_more_than_random(looked_inside):
+def test_random_networks_are_rarely_said_to_be_better_than_random(looked_inside):
     known = looked_inside["known"]
     assert not known.loc[known["network"].str.startswith("random"), "beyond"].any()
 
@@ -51,7 +52,16 @@ def test_nothing_is_beyond_random_networks_that_are_perfect(looked_inside):
     assert not scope["known"]["beyond"].any()
 
 
-def test_linear_reader_is_the_linear_recipe(looked_inside, few_phantoms, tmp_path):
+def test_the_range_of_random_networks_is_drawn_whole(looked_inside):
+    chance = looked_inside["chance"].assign(low=[0.5, 0.02], high=0.9)  # the second is wider
+    known = looked_inside["known"].assign(low=0.6, score=0.7, high=0.8)
+    scope = run_cells(STEM, "axis.axvspan(", **{**looked_inside, "chance": chance, "known": known})
+    for axis, (lowest, highest) in zip(scope["axes"], chance.to_numpy()):
+        left, right = axis.get_xlim()
+        assert left < lowest and highest < right
+
+
+def test_linear_evaluation_is_the_linear_recipe(looked_inside, few_phantoms, tmp_path):
     config = medssl.FineTuneConfig.named("linear", image_size=32, normalise="dataset",
                                          select_by="loss")
     run = medssl.fine_tune(*medssl.load_backbone("random", seed=3), few_phantoms, config, seed=3,
@@ -141,7 +151,7 @@ def test_an_explanation_that_only_draws_the_image_is_found_out(looked_inside, ca
     assert "CAREFUL" in capsys.readouterr().out
 
 
-def test_likeness_of_a_flat_map_is_undefined_and_never_a_number(looked_inside):
+def test_similarity_of_a_flat_map_is_undefined_and_never_a_number(looked_inside):
     maps = np.random.default_rng(0).random((2, 4, 4))
     alike = looked_inside["liken"](maps, np.stack([maps[0], np.zeros((4, 4))]))
     assert alike[0] == pytest.approx(1) and np.isnan(alike[1])
@@ -197,11 +207,25 @@ def test_a_figure_is_displayed_with_its_words():
 
 def test_a_confusion_matrix_is_spelt_out_in_words():
     scores = np.eye(2)[[0, 0, 1, 0]]
-    run = medssl.Run(Path(), {"class_names": ["clear", "lesion"], "stamp": "DEMO"}, {},
+    run = medssl.Run(Path(), {"class_names": ["clear", "lesion"], "stamp": "DEMO",
+                              "method": "SparK", "dataset": "phantom"}, {},
                      pd.DataFrame(), {"labels": np.array([0, 0, 1, 1]), "scores": scores})
-    assert medssl.plot_confusion(run)._repr_mimebundle_()[0]["text/plain"] == (
+    figure = medssl.plot_confusion(run)
+    assert figure._repr_mimebundle_()[0]["text/plain"] == (
         "Confusion matrix of 4 test images: 2 clear called clear, 1 lesion called clear, "
         "1 lesion called lesion.")
+    assert figure.axes[0].get_title() == "DEMO: SparK on phantom\n4 test images"
+
+
+def test_long_class_names_do_not_run_into_each_other():
+    names = ["true Glomerular endothelial cells\nsays Collecting Duct, Connecting Tubule (1.00)"
+             ] * 7
+    figure = medssl.plot_images(np.zeros((7, 8, 8), np.uint8), names, title="two rows")
+    figure.draw_without_rendering()
+    boxes = [axis.title.get_window_extent() for axis in figure.axes[:7]]
+    assert not any(one.overlaps(two) for i, one in enumerate(boxes) for two in boxes[:i])
+    below, above = boxes[6], figure.axes[0].get_window_extent()
+    assert below.y1 < above.y0, "the second row's titles lie on the first row's images"
 
 
 def test_curves_are_told_by_where_they_begin_and_end():
@@ -243,11 +267,9 @@ def test_every_picture_is_followed_by_what_it_cannot_prove():
                    for text in before_next_heading), NOTEBOOK.cells[i].source[:60]
 
 
-def test_stand_ins_are_called_random_numbers_in_the_findings():
+def test_stand_ins_are_called_random_in_the_findings():
     last = NOTEBOOK.cells[-1]
-    assert "stand-ins are random numbers" in "".join(o.text for o in last.outputs)
-
-
+    assert "stand-ins have random weights" in "".join(o.text for o in last.outputs)
 
 
 # Viénot, Brettel and Mollon 1999: what red-green blindness leaves of linear RGB.

@@ -14,6 +14,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from matplotlib import pyplot as plt
 from notebook_cells import run_cells
 
 import medssl_utils as medssl
@@ -246,7 +247,7 @@ def write_medmnist(path: Path, n_labels: int, n_classes: int, channels: int) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("dataset, layout, words", [
     ("chestmnist", (14, 2, 1), ["false alarms", "cardiomegaly", "wrong somewhere"]),
-    ("retinamnist", (1, 5, 3), ["surest mistakes", "test images are wrong"]),
+    ("retinamnist", (1, 5, 3), ["most confident mistakes", "test images are wrong"]),
 ])
 def test_03_scores_several_labels_and_ordered_classes(workbook, dataset, layout, words):
     write_medmnist(workbook / "tiny" / f"{dataset}.npz", *layout)
@@ -290,6 +291,22 @@ def test_04_stops_after_the_plan_when_asked_to(workbook):
     text = "".join(t for c in notebook.cells for t in output_texts(c))
     assert "Runs: 4 in all, 4 to do." in text and "nothing was run" in text
     assert not (workbook / "runs" / "planned").exists()
+
+
+@pytest.mark.parametrize("names, drawn", [
+    (["clear", "lesion"], "lesion (AUC = 0.75)"),  # one curve says it all
+    (["clear", "lesion", "absent"], "clear (AUC = 0.75), lesion (AUC = 0.75)"),
+])
+def test_03_puts_into_words_the_roc_curves_that_it_draws_and_no_others(names, drawn):
+    labels = np.array([0, 0, 1, 1])
+    first = np.array([0.9, 0.4, 0.6, 0.1])
+    scores = np.stack([first, 1 - first, *[0 * first] * (len(names) - 2)], axis=1)
+    run = type("Run", (), {"stamp": "DEMO"})()
+    scope = run_cells("03_fine_tune", "RocCurveDisplay", names=np.array(names), several=False,
+                      labels=labels, scores=scores, truth=np.eye(len(names), dtype=int)[labels],
+                      run=run, method="SparK", np=np, plt=plt, medssl=medssl)
+    words = scope["figure"]._repr_mimebundle_()[0]["text/plain"]
+    assert words.startswith(f"Left, ROC curves: {drawn}. Right, accuracy at the confidence")
 
 
 BAD = {

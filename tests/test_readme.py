@@ -1,6 +1,7 @@
 """What the README says agrees with the project."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,13 @@ def test_every_make_command_exists():
     named = set(re.findall(r"`?\bmake ([a-z-]+)(?:`|  |\n| [A-Z]+=)", README))
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
     assert {"workbook", "lab", "test"} <= named <= targets
+
+
+def test_make_alone_lists_the_commands_and_the_settings_of_the_demo():
+    said = subprocess.run(["make"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    named = set(re.findall(r"`?\bmake ([a-z-]+)(?:`|  |\n| [A-Z]+=)", README))
+    assert named <= set(re.findall(r"^make ([a-z-]+) ", said, flags=re.MULTILINE))
+    assert "WEIGHTS=stand-in DATASET=phantom RECIPE=demo STUDY=workbook" in said
 
 
 def test_every_make_parameter_exists():
