@@ -4144,16 +4144,17 @@ def _refuse_mixing(done: pd.DataFrame, by: Sequence[str]) -> None:
                          "demo or shortened runs are never compared with real ones. "
                          "Keep each kind in a study of its own.")
     for column in by:
-        check_choice(column, MUST_AGREE, "by")
+        check_choice(column, (*MUST_AGREE, *RATES), "by")
     apart = ["dataset", *by]
     trained = done[done["method"] != "random"]  # whose weights are drawn anew with each seed
     for table, keys, columns in ((done, apart, [c for c in MUST_AGREE if c not in by]),
-                                 (done, [*apart, "method"], RATES),
+                                 (done, [*apart, "method"], [c for c in RATES if c not in by]),
                                  (trained, [*apart, "method"], ["weights_fingerprint"])):
         for key, group in table.groupby(keys, dropna=False):
             for column in columns:
                 if len(found := group[column].unique()) > 1:
-                    way = f", or keep them apart with by=[{column!r}]" if keys is apart else ""
+                    way = f", or keep them apart with by=[{column!r}]" * (
+                        column in (*MUST_AGREE, *RATES))
                     if column == "used_precision":
                         way += " (precision='auto' depends on the device: set it for all)"
                     raise ValueError(f"Runs of {', '.join(map(str, key))} differ in {column}: "

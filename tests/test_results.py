@@ -626,6 +626,18 @@ def test_precisions_stand_side_by_side_when_asked_for(tmp_path):
     assert list(table["used_precision"]) == ["bf16", "fp32"]
 
 
+def test_learning_rates_of_a_grid_stand_side_by_side_when_asked_for(tmp_path):
+    """Notebook 04 names the learning rate as a setting to vary."""
+    for lr in (0.1, 0.2):
+        for method in ("random", "BYOL"):
+            write_run(tmp_path, method, lr=lr)
+    with pytest.raises(ValueError, match=r"differ in lr.*by=\['lr'\]"):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+    table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["lr"])
+    assert list(zip(table["lr"], table["method"])) == [
+        (0.1, "random"), (0.1, "BYOL"), (0.2, "random"), (0.2, "BYOL")]
+
+
 def test_demo_and_real_are_not_mixed_even_when_asked_for(tmp_path):
     write_run(tmp_path)
     with pytest.raises(ValueError, match="by 'stamp' is not known"):
