@@ -100,6 +100,11 @@ def check_choice(value: str, options: Iterable[str], what: str) -> str:
     raise ValueError(f"{what} {value!r} is not known.{hint} Choose one of: {', '.join(options)}.")
 
 
+def _path(typed: str | Path) -> Path:
+    """Return the path that a user typed; `~` is the home folder."""
+    return Path(os.path.expanduser(typed))
+
+
 @contextlib.contextmanager
 def _atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, delete it on error."""
@@ -229,12 +234,12 @@ def download_checkpoint(
         CheckpointError: the file could not be had; says why, and how to get it by hand.
     """
     checkpoint = CHECKPOINTS[check_choice(method, METHODS, "method")]
-    target = Path(folder) / checkpoint.filename
+    target = _path(folder) / checkpoint.filename
     try:
         recorded = _checksums(target.parent).get(target.name)
         expected = {"sha256": _hex(sha256)} if sha256 else recorded
         if from_file is not None:
-            if problem := _file_problem(Path(from_file), expected):
+            if problem := _file_problem(from_file := _path(from_file), expected):
                 raise CheckpointError(f"{from_file}: {problem}.")
             expected = expected or {"sha256": _sha256(from_file)}
         if not _file_problem(target, expected):  # before the lock: the folder may be read-only
@@ -643,7 +648,7 @@ def load_state_dict(
     Raises:
         CheckpointError: it isn't a checkpoint, is damaged, or asks for names of no weight file.
     """
-    with _about(path := Path(path)):
+    with _about(path := _path(path)):
         top, records, _ = _open_checkpoint(path, _extras(allow_extra))
         entries, _ = _unwrap(top)
         stored = {name: entry for name, entry in entries.items() if isinstance(entry, _Stored)}
@@ -947,7 +952,7 @@ def load_backbone(
         tensors, report = _load_control(method, seed)
         report = replace(report, beside_stand_ins=weights == "stand-in")
     else:
-        file = _locate(method, weights, Path(folder)) if path is None else Path(path)
+        file = _locate(method, weights, _path(folder)) if path is None else _path(path)
         with _about(file):
             tensors, report = (
                 _load_exported(method, file) if _is_exported(file) else
@@ -1231,7 +1236,7 @@ def export_backbone(model: nn.Module, path: str | Path, report: KeyReport) -> Pa
     if _fingerprint(tensors) != report.fingerprint:
         raise CheckpointError("The model's weights are no longer those of its report: export a "
                               "backbone before it is trained.")
-    return _save_backbone(tensors, Path(path), report)
+    return _save_backbone(tensors, _path(path), report)
 
 
 def _save_backbone(tensors: Mapping[str, torch.Tensor], path: Path, report: KeyReport) -> Path:
@@ -1444,15 +1449,15 @@ def load_data(
     check_choice(split, ("official", "grouped"), "split")
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, not {image_size}.")
-    name = str(dataset)
+    name, data_dir = os.path.expanduser(str(dataset)), _path(data_dir)
     if name == "phantom":
         data = demo_data(seed, image_size=image_size)
     elif name == "covid_ct":
-        data = _load_covid_ct(Path(data_dir) / "covid_ct", image_size, dtype)
+        data = _load_covid_ct(data_dir / "covid_ct", image_size, dtype)
     elif name in DATASETS:
-        data = _load_medmnist(name, Path(data_dir), download, unofficial)
+        data = _load_medmnist(name, data_dir, download, unofficial)
     elif Path(name).exists() or "/" in name or os.sep in name:
-        data = _load_folder(Path(name), image_size, dtype, options, Path(data_dir), seed)
+        data = _load_folder(Path(name), image_size, dtype, options, data_dir, seed)
     else:
         named = [known for known in DATASETS if not known[-1].isdigit()]
         try:
@@ -1754,7 +1759,7 @@ def read_folder(
             named.
     """
     check_choice(dtype, ("uint8", "float32"), "dtype")
-    options, folder = options or ReadOptions(), Path(folder)
+    options, folder = options or ReadOptions(), _path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}: looked for {folder.absolute()}.")
     files, left_out = _list_folder(folder, labelled)
@@ -1763,7 +1768,7 @@ def read_folder(
     if files.empty:
         raise ValueError(f"{folder} holds no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image. "
                          + " ".join(notes))
-    cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
+    cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, _path(data_dir))
     files = pd.concat([files, pd.DataFrame(known["facts"])], axis=1)
     broken = files.loc[files["reason"] != "", ["path", "reason"]].reset_index(drop=True)
     classes = (files["split"] + "/" + files["label"]).str.strip("/")
@@ -3168,7 +3173,7 @@ def load_run(folder: str | Path) -> Run:
     Raises:
         FileNotFoundError: the folder has no metrics.json, so the run is not finished.
     """
-    folder = Path(folder)
+    folder = _path(folder)
     if not (folder / "metrics.json").exists():
         raise FileNotFoundError(
             f"{folder.name} has no metrics.json: the run is not finished. Run it again.")
@@ -3484,7 +3489,7 @@ def fine_tune(
     subset = label_subset(data.train.labels, label_fraction, seed=seed,
                           groups=data.train.groups, rule=config.subset_rule)
     settings = _settings(report, data, config, subset, label_fraction, seed)
-    folder = Path(runs_dir) / study / run_name(settings)
+    folder = _path(runs_dir) / study / run_name(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_writer(folder), _explained(folder, config):
         if (folder / "metrics.json").exists():
@@ -3824,8 +3829,8 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         FileNotFoundError: no run lies below `folder`.
         ValueError: a run's file is damaged.
     """
-    rows = []
-    for path in sorted(Path(folder).rglob("config.json")):
+    rows, folder = [], _path(folder)
+    for path in sorted(folder.rglob("config.json")):
         config = _read_json(path)
         row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
         done = path.with_name("metrics.json")
@@ -3836,7 +3841,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         rows.append({**row, "status": "done" if done.exists() else "unfinished",
                      "folder": path.parent})
     if not rows:
-        there = sorted({path.parts[-3] for path in Path(folder).parent.glob("*/*/config.json")})
+        there = sorted({path.parts[-3] for path in folder.parent.glob("*/*/config.json")})
         raise FileNotFoundError(
             f"No runs in {folder}. {f'Studies beside it: {_few(there)}. ' if there else ''}Set the "
             "folder of a study that has been run, or run one (notebook 04, or make workbook).")
@@ -4116,8 +4121,8 @@ def _plain(name: str, value: Any) -> Any:
         return tuple(value)
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str) and value and (name in PATHS or name == "dataset" and (
-            value not in DATASETS and Path(value).exists())):
-        return str(Path(value).resolve())  # workers and notebooks start in other folders
+            value not in DATASETS and _path(value).exists())):
+        return str(_path(value).resolve())  # workers and notebooks start in other folders
     try:
         plain = type(default)(value)
     except (TypeError, ValueError):
@@ -4660,7 +4665,7 @@ def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> 
                         for prefix, part in parts for name, tensor in part.items())
     wrapper = _demo_wrapper(method, state)
     wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
-    path = Path(folder) / CHECKPOINTS[method].filename
+    path = _path(folder) / CHECKPOINTS[method].filename
     with _atomic(path) as temporary, open(temporary, "wb") as file:
         torch.save(wrapper, file)  # not to a path, whose name would go into the file
     return path
