@@ -1524,11 +1524,16 @@ def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
             for part in SPLITS:
                 images, labels = file[f"{part}_images"], file[f"{part}_labels"].astype(np.int64)
                 labels = labels if task == "multi-label" else labels.reshape(-1)
+                if (images.dtype != np.uint8 or images.shape[3:] not in ((), (3,))
+                        or images.ndim < 3 or len(images) != len(labels)):
+                    raise ValueError(f"{part}_images are {images.dtype} of shape {images.shape}, "
+                                     f"beside {len(labels)} labels")
                 ids = np.array([f"{part}/{i:06d}" for i in range(len(labels))])
                 parts[part] = Split(images, labels, ids)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a MedMNIST file ({error}). It must hold train_images, "
-                         f"train_labels and the same for val and test.") from error
+    except Exception as error:                                       # damaged files raise anything
+        raise ValueError(f"{path} is not a MedMNIST file ({_reason(error, path)}). It must hold "
+                         f"train_images (N, H, W) or (N, H, W, 3), uint8, train_labels of as many "
+                         f"rows, and the same for val and test.") from error
     return parts
 
 
@@ -1844,7 +1849,8 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
         path for path in sorted(folder.iterdir())
         if labelled and path.suffix.lower() == ".csv" and path.name[0] != "."]
     if len(tables) == 1:
-        return _list_csv(tables[0]), Counter()
+        files = _list_csv(tables[0])
+        return files, _count_unlisted(files, tables[0], folder)
     if tables:
         raise ValueError(f"{folder} has {len(tables)} CSV files. Give the path of the one that "
                          f"lists the images.")
@@ -1949,6 +1955,18 @@ def _list_csv(path: Path) -> pd.DataFrame:
     return table
 
 
+def _count_unlisted(files: pd.DataFrame, table: Path, folder: Path) -> Counter[str]:
+    """Count the images in `folder` that its list does not name; beside the listed ones if `folder`
+    is the list itself, which may lie anywhere."""
+    around = _walk(folder, Counter(), set()) if folder.is_dir() else (
+        path for place in sorted({file.parent for file in files["file"]})
+        for path in sorted(place.iterdir()) if not _not_wanted(path))
+    listed = set(files["file"].map(os.path.realpath))
+    names = [_printable(path.name) for path in around if os.path.realpath(path) not in listed]
+    return Counter({f"images that {table.name} does not list ({_few(names, 3)})": len(names)}
+                   if names else {})
+
+
 def _with_patients(files: pd.DataFrame, options: ReadOptions,
                    name: str) -> tuple[pd.DataFrame, list[str]]:
     """Fill in `patient`: by CSV, else the option's rule, else PatientID, else a file of several.
@@ -1976,6 +1994,7 @@ def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
     rule = f"by the window {options.window!r}" if options.window else "each over its own range"
     odd = {f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
            f"have more than 8 bits, scaled {rule}": files["deep"],
+           "hold NaN, as outside of the scan: black, and no part of the range": files["outside"],
            "were turned upright by their EXIF mark": files["turned"],
            "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32}
     suffix = files["path"].str.lower().str.extract(r"\.(\w+)$")[0].replace("jpg", "jpeg")
@@ -1992,7 +2011,7 @@ def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
 def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
              data_dir: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds all pictures in order, their shape, and each file's facts."""
-    digest = hashlib.sha256(repr(("version 3", size, dtype, options.window, options.slices,
+    digest = hashlib.sha256(repr(("version 4", size, dtype, options.window, options.slices,
                                   options.plane)).encode())
     for path in paths:
         info = path.stat()
@@ -2054,7 +2073,7 @@ def _read_files(paths: list[Any], read: Callable[[Any], _Found]) -> Iterator[_Fo
 
 _Found = tuple[dict[str, Any], list[np.ndarray]]  # a file's facts; its pictures
 _UNREAD = {"kind": "", "mode": "", "width": 0, "height": 0, "count": 1, "deep": False,
-           "turned": False, "patient_id": "", "numbers": [], "reason": ""}
+           "turned": False, "outside": False, "patient_id": "", "numbers": [], "reason": ""}
 
 
 def _read_file(path: Path, options: ReadOptions, size: int, dtype: str) -> _Found:
@@ -2066,6 +2085,8 @@ def _read_file(path: Path, options: ReadOptions, size: int, dtype: str) -> _Foun
         facts = _UNREAD | next(reading)
         _check_size(facts["width"], facts["height"], facts["count"])
         for number, picture in reading:
+            if picture.dtype.kind == "f" and (outside := np.isnan(picture)).any():
+                facts["outside"], picture = True, np.where(outside, 0, picture)
             numbers.append(number)
             pictures.append(_area_resize(picture, size, dtype))
     except Exception as error:                                       # damaged files raise anything
@@ -2150,13 +2171,14 @@ def _as_seen(image: Image.Image) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, options: ReadOptions, hounsfield: bool) -> np.ndarray:
-    """Scale grey values to float32 0..255 by the rule of `options`."""
+    """Scale grey values to float32 0..255 by the rule of `options`; NaN, which is no part of the
+    picture, stays NaN."""
     if options.window in WINDOWS and not hounsfield:
         raise ValueError(f"its grey values are not known to be Hounsfield units, in which the "
                          f"window {options.window!r} is given: set window to '' or to "
                          f"'centre, width' in its own units")
-    low, high = float(values.min()), float(values.max())
-    if not high - low < 1e30:                                        # also NaN and infinity
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if not high - low < 1e30:                                        # also NaN alone, and infinity
         raise ValueError(f"its grey values go from {low:g} to {high:g}")
     low, high = options.limits or (low, high)
     shares = (values.astype(np.float32) - low) / max(high - low, 1e-30)

@@ -159,6 +159,33 @@ def test_a_file_damaged_within_its_pixels_is_an_error_even_if_allowed(tmp_path):
         m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
 
 
+@pytest.mark.parametrize("old, new", [
+    (b"(20, 28, 28)", b"(20, 28, 28"), (b"(20, 28, 28)", b"(20, 28, '8)"),
+    (b"(20, 28, 28)", b"(9999999999, 999999999)"), (b"\x93NUMPY", b"\x00NUMPY"),
+    (b"|u1", b"|O8"), (b"|u1", b"<f1"), (b"|u1", b"|i1"), (b"(20, 28, 28)", b"(10, 28, 28)"),
+    (b"(20, 28, 28)", b"(20, 784)"), (b"(20, 28, 28)", b"(20, 2, 14, 28)"),
+], ids=str)
+def test_a_damaged_header_within_the_file_is_an_error_even_if_allowed(tmp_path, old, new):
+    with zipfile.ZipFile(io.BytesIO(medmnist_bytes())) as whole, zipfile.ZipFile(
+            tmp_path / "pneumoniamnist.npz", "w") as damaged:
+        for name in whole.namelist():
+            body = whole.read(name)
+            if name == "train_images.npy":  # its header has 128 bytes, spaces and \\n at the end
+                body = body[:127].replace(old, new).rstrip().ljust(127) + body[127:]
+            damaged.writestr(name, body)
+    with pytest.raises(ValueError, match="pneumoniamnist.npz is not a MedMNIST file.*must hold"):
+        m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
+
+
+@pytest.mark.parametrize("place, value", [(6, 255), (8, 32), (10, 99)])  # version, flags, method
+def test_a_zip_header_that_lies_is_an_error_even_if_allowed(tmp_path, place, value):
+    body = bytearray(medmnist_bytes())
+    body[body.index(b"PK\1\2") + place] = value
+    (tmp_path / "pneumoniamnist.npz").write_bytes(body)
+    with pytest.raises(ValueError, match="pneumoniamnist.npz is not a MedMNIST file"):
+        m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
+
+
 @pytest.mark.parametrize("name, task, labels, channels, shape", [
     ("breastmnist", "binary", 1, 0, (20,)), ("bloodmnist", "multi-class", 1, 3, (20,)),
     ("retinamnist", "ordinal", 1, 3, (20,)), ("chestmnist", "multi-label", 14, 0, (20, 14))])

@@ -153,6 +153,24 @@ def test_a_file_that_the_csv_lists_and_is_missing_is_named(folder, read):
         read(labelled=True)
 
 
+def test_images_that_the_csv_does_not_list_are_counted_and_named(folder, read, tmp_path):
+    for name in ("a", "b", "c/d", "c/e", "._x"):
+        write_image(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "list.csv").write_text("path,label\na.png,ill\nc/d.png,well\n")
+    words = "Left out: 2 images that list.csv does not list (b.png, e.png)."
+    assert read(labelled=True).notes[0] == words
+    (folder / "other.csv").write_text("")  # so it is given by its path
+    assert m.read_folder(folder / "list.csv", data_dir=tmp_path / "data").notes[0] == words
+
+
+def test_a_csv_that_lists_all_images_leaves_none_out(folder, read):
+    write_image(folder / "a.png")
+    (folder / "again.png").symlink_to("a.png")
+    (folder / "list.csv").write_text("path,label\na.png,ill\n")
+    assert not any("Left out" in note for note in read(labelled=True).notes)
+
+
 def test_a_csv_is_found_under_a_name_in_capitals_and_hidden_ones_are_not_counted(folder, read):
     write_image(folder / "all" / "a.png")
     (folder / "LIST.CSV").write_text("path,label\nall/a.png,ill\n")
@@ -949,6 +967,33 @@ def test_a_nifti_volume_with_a_fourth_axis_of_length_1_is_a_volume(folder, read)
     nibabel.save(nibabel.Nifti1Image(values[..., None], np.eye(4)), folder / "b.nii.gz")
     found = read(slices="all")
     assert len(found.images) == 8 and np.array_equal(found.images[:4], found.images[4:])
+
+
+@pytest.mark.parametrize("window", ["", "0, 400"])
+def test_nifti_nan_outside_of_the_scan_is_black_and_noted(folder, read, window):
+    values = (np.arange(512, dtype=np.float32).reshape(8, 8, 8) - 200)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "whole.nii")
+    values[0] = np.nan  # the patient's left, which is on the right of the picture
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "cut.nii")
+    found = read(window=window)
+    cut, whole = found.images
+    assert (cut[:, 7] == 0).all()
+    inside = values[1:, :, 4]
+    low, high = (-200, 200) if window else (inside.min(), inside.max())
+    expected = np.clip((inside - low) / (high - low), 0, 1) * 255
+    assert np.abs(cut[::-1, 6::-1].T - expected).max() <= 0.51
+    assert not window or np.array_equal(cut[:, :7], whole[:, :7])
+    assert ("1 files hold NaN, as outside of the scan: black, and no part of the range."
+            in found.notes)
+
+
+def test_a_nifti_slice_of_nan_alone_is_refused(folder, read):
+    values = np.zeros((4, 4, 4), np.float32)
+    values[:, :, 3] = np.nan
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), folder / "a.nii")
+    assert len(read().table) == 1
+    with pytest.raises(ValueError, match="a.nii: its grey values go from nan to nan"):
+        read(slices="all")
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 4, 2)])
