@@ -1629,7 +1629,7 @@ def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
         read = pd.read_csv if filename.endswith(".csv") else pd.read_excel
         try:
             table = read(folder / filename, dtype=str)[[column, patient]].dropna()
-        except (ImportError, KeyError, ValueError) as error:
+        except Exception as error:           # no openpyxl, a damaged file, other columns ...
             notes.append(f"{filename} could not be used: {error}")   # ImportError: no openpyxl
             continue
         stems = (prefix + table[column].str.strip()).str.replace(r"\.(png|jpe?g)$", "", regex=True)
@@ -2303,11 +2303,12 @@ def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str
     """Draw the missing of `parts` (N,) from train: a quarter as test, a fifth of the rest as val.
 
     Both only about so: stratified by class, and what belongs together stays in one part. Of the
-    folds that scikit-learn makes, the first is taken where it and the rest have every class.
+    folds that scikit-learn makes (fewer, where need be), that one is taken which leaves every class
+    to the others, has every class itself, and is nearest to its share of each.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    units = _split_units(pool)
+    units, shares = _split_units(pool), {"test": 4, "val": 5}
     for left, part in zip(range(len(missing), 0, -1), missing):
         index = np.flatnonzero(parts == "train")
         labels, together = pool.labels[index], units[index]
@@ -2317,12 +2318,26 @@ def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str
                              f"patients (or images without one), {left + 1} are needed to draw "
                              f"{part}. Add images, or name the parts yourself.")
         alone = len(np.unique(together)) == len(together)            # the quicker one will do
-        kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
-            min({"test": 4, "val": 5}[part], counts.min()), shuffle=True, random_state=seed)
-        folds = list(kfold.split(index, labels, None if alone else together))
-        fold = next((fold for rest, fold in folds if set(labels[rest]) == set(labels[fold])),
-                    folds[0][1])
-        parts[index[fold]] = part
+        kfold = StratifiedKFold if alone else StratifiedGroupKFold
+        share = np.bincount(labels) / shares[part]                   # of each class
+
+        def faults(pair: tuple[np.ndarray, np.ndarray]) -> tuple[int, int, float]:
+            others, fold = pair
+            units_left = pd.Series(together[others]).groupby(labels[others]).nunique()
+            given = np.bincount(labels[fold], minlength=len(share))
+            return (len(counts) - (units_left >= left).sum(), len(counts) - (given > 0).sum(),
+                    np.abs(given - share).sum())
+
+        folds = []
+        for n in range(min(shares[part], counts.max()), 1, -1):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                      # a class in too few folds
+                folds += kfold(n, shuffle=True, random_state=seed).split(
+                    index, labels, None if alone else together)
+            best = min(folds, key=faults)
+            if faults(best)[:2] == (0, 0):
+                break
+        parts[index[best[1]]] = part
 
 
 def _split_units(part: Split) -> np.ndarray:

@@ -301,6 +301,49 @@ def test_three_patients_a_class_are_enough(folder, tmp_path):
     assert [sorted(getattr(data, part).labels) for part in m.SPLITS] == [[0, 1]] * 3
 
 
+def draw(labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray:
+    """Return the part of each image of a pool, drawn by class and patient."""
+    pool = m.Split(np.zeros((len(labels), 1, 1), np.uint8), labels,
+                   np.arange(len(labels)).astype(str), groups)
+    parts = np.full(len(labels), "train")
+    m._draw_parts("pool", pool, parts, ("test", "val"), ["a", "b", "c"], seed)
+    return parts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_of_three_patients_does_not_shrink_the_others_training_part(seed):
+    labels = np.repeat([0, 1, 2], (200, 200, 6))
+    parts = draw(labels, (np.arange(406) // 2).astype(str), seed)
+    counts = [np.bincount(labels[parts == part]).tolist() for part in m.SPLITS]
+    assert [row[2] for row in counts] == [2, 2, 2]
+    assert 110 <= min(counts[0][:2]) and max(counts[0][:2]) <= 130  # of 200, three fifths
+
+
+def test_patients_of_unequal_size_give_parts_with_every_class_and_about_their_share():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        sizes = np.maximum(1, rng.lognormal(1.5, 1.2, 40).astype(int))
+        groups = np.repeat(np.arange(40), sizes)
+        labels = np.repeat(np.arange(40) % 10 % 3, sizes)
+        labels = np.where(rng.random(len(labels)) < 0.02, (labels + 1) % 3, labels)  # some have two
+        parts = draw(labels, groups.astype(str), seed)
+        assert all(len(set(parts[groups == person])) == 1 for person in range(40))
+        for part, share in zip(m.SPLITS, (0.6, 0.15, 0.25)):
+            assert len(set(labels[parts == part])) == 3
+            assert abs((parts == part).mean() - share) < 0.13
+
+
+def test_the_test_part_leaves_a_patient_of_each_class_to_train_and_to_val():
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        sizes = rng.integers(1, 9, 15)
+        labels = np.repeat(np.arange(15) % 5 % 2, sizes)
+        labels[:sizes[0]] = 2
+        labels[-sizes[-2:].sum():] = 2  # three patients of one class, the first and the last two
+        parts = draw(labels, np.repeat(np.arange(15), sizes).astype(str), seed)
+        assert all(len(set(labels[parts == part])) == 3 for part in m.SPLITS)
+
+
 def test_drawn_parts_hold_the_pictures_of_their_ids(folder, tmp_path):
     write_classes(folder, 12)
     data = m.load_data(folder, image_size=12, data_dir=tmp_path / "data")
