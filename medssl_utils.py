@@ -37,6 +37,7 @@ import struct
 import sys
 import threading
 import time
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -1644,6 +1645,8 @@ WINDOWS = {"lung": (-600, 1500), "soft tissue": (50, 400), "bone": (400, 1800), 
 PLANES = ("sagittal", "coronal", "axial")     # across the patient's axes: right, front, top
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
                  "validation": "val", "test": "test", "testing": "test"}
+LIST_COLUMNS = ["path", "label", "split", "patient"]
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")     # of macOS, Synology (thumbnails), Windows
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")    # of Pillow: no format that runs a program
 FILE_KINDS = {**dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), "image"),
               ".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI"}
@@ -1809,6 +1812,10 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
     if len(names) < 2:
         raise ValueError(f"{folder} has images of one class only ({names[0]}); at least two are "
                          f"needed. {' '.join(found.notes)}")
+    plain = [unicodedata.normalize("NFC", name).casefold() for name in names]
+    if alike := [name for name, key in zip(names, plain) if plain.count(key) > 1]:
+        raise ValueError(f"{folder} has classes that differ in capitals or accents' encoding only: "
+                         f"{', '.join(alike)}. Give them one name.")
     parts = found.table["split"].replace("", "train").to_numpy(str)
     if "train" not in parts:
         raise ValueError(f"{folder} has {' and '.join(sorted(set(parts)))} but no train part: "
@@ -1849,8 +1856,7 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
         path for path in sorted(folder.iterdir())
         if labelled and path.suffix.lower() == ".csv" and path.name[0] != "."]
     if len(tables) == 1:
-        files = _list_csv(tables[0])
-        return files, _count_unlisted(files, tables[0], folder)
+        return _list_csv(tables[0], folder)
     if tables:
         raise ValueError(f"{folder} has {len(tables)} CSV files. Give the path of the one that "
                          f"lists the images.")
@@ -1860,7 +1866,7 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
     tops = {step[0] for step in steps if len(step) > 1}
     divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
     empty = {_printable(p.name) for p in folder.iterdir() if p.is_dir() and not p.is_symlink()
-             and p.name[0] != "." and p.name != "__MACOSX"
+             and p.name[0] != "." and p.name not in SYSTEM_FOLDERS
              and not (p / "decoded").is_dir()} - tops                # a data_dir of ours
     strange = [*sorted(tops - divided if divided else ()),
                *("/".join(step) for step in steps if len(step) < (3 if divided else 2)),
@@ -1888,7 +1894,7 @@ def _walk(folder: Path, left_out: Counter[str], seen: set[str]) -> Iterator[Path
         if path.is_dir():
             if met:
                 left_out["folders met a second time, by a link"] += 1
-            elif path.name[0] != "." and path.name != "__MACOSX":
+            elif path.name[0] != "." and path.name not in SYSTEM_FOLDERS:
                 yield from _walk(path, left_out, seen)
         elif why := _not_wanted(path) or "links to files met before" * met:
             left_out[why] += 1
@@ -1923,48 +1929,59 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _list_csv(path: Path) -> pd.DataFrame:
-    """Read a list of images: path, label and, if there, split and patient."""
+def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
+    """Read a list of images: path, label and, if there, split and patient; count what it leaves
+    out: other columns, and images of `folder`, which may be the list itself."""
     try:
         text = path.read_text("utf-8-sig")
         mark = next((s for s in (",", ";", "\t") if s in text.partition("\n")[0]), ",")
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=mark)
-        table = table.rename(columns=lambda name: name.strip().lower()).reindex(
-            columns=["path", "label", "split", "patient"], fill_value="")
+        table = table.rename(columns=lambda name: name.strip().lower())
+        if "patient" not in table:
+            table = table.rename(columns=lambda name: re.sub("^patient[ _-]?id$", "patient", name))
+        if len(set(table)) < table.shape[1]:
+            raise ValueError(f"duplicate names among its columns, {', '.join(table)}")
     except ValueError as error:                       # also: not UTF-8, no table, a column twice
-        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}. Spreadsheets save one as "
+                         f"'CSV UTF-8'.") from error
     if not isinstance(table.index, pd.RangeIndex):                   # pandas shifts the columns
         raise ValueError(f"{path} has rows that are longer than its first line. A {mark!r} within "
                          f"a value needs the value in quotes.")
     table = table.apply(lambda column: column.str.strip())
-    if table.empty or (table[["path", "label"]] == "").any(axis=None):
-        raise ValueError(f"{path} must have the columns path and label, filled in every row. If "
-                         f"it is no list of the images, move it out of their folder.")
+    table = table[(table != "").any(axis=1)]                         # spreadsheets leave empty rows
+    other = [name for name in table if name not in LIST_COLUMNS and (table[name] != "").any()]
+    if table.empty or not {"path", "label"} <= set(table):
+        raise ValueError(f"{path} must have the columns path and label and rows; its columns are: "
+                         f"{_few(table)}. If it is no list of the images, move it out of their "
+                         f"folder.")
+    table = table.reindex(columns=LIST_COLUMNS, fill_value="")
+    if len(blank := table.index[(table[["path", "label"]] == "").any(axis=1)]):
+        raise ValueError(f"{path}: path and label must be filled in every row; they are not in row "
+                         f"{_few(str(number + 2) for number in blank)}.")
     table["split"] = table["split"].str.lower().replace(SPLIT_FOLDERS)
     if strange := set(table["split"]) - ({*SPLITS} if any(table["split"]) else {""}):
         raise ValueError(f"{path}: split is {_few(map(repr, sorted(strange)))} in some rows; it "
                          f"must be train, val or test in all (or empty in all).")
+    if os.sep == "/":                                                # a list written on Windows
+        table["path"] = [name if (path.parent / name).is_file() else name.replace("\\", "/")
+                         for name in table["path"]]
     table["file"] = [path.parent / name for name in table["path"]]
-    twice = table["file"].map(os.path.realpath).duplicated()
+    real = table["file"].map(os.path.realpath)
     missing = ~table["file"].map(Path.is_file)
-    if twice.any():
-        raise ValueError(f"{path} lists files twice: {_few(table['path'][twice])}.")
+    if real.duplicated().any():
+        raise ValueError(f"{path} lists files twice: {_few(table['path'][real.duplicated()])}.")
     if missing.any():
         raise FileNotFoundError(f"{missing.sum()} of {len(table)} files that {path} lists are "
                                 f"missing: {_few(table['path'][missing], 3)}.")
-    return table
-
-
-def _count_unlisted(files: pd.DataFrame, table: Path, folder: Path) -> Counter[str]:
-    """Count the images in `folder` that its list does not name; beside the listed ones if `folder`
-    is the list itself, which may lie anywhere."""
     around = _walk(folder, Counter(), set()) if folder.is_dir() else (
-        path for place in sorted({file.parent for file in files["file"]})
-        for path in sorted(place.iterdir()) if not _not_wanted(path))
-    listed = set(files["file"].map(os.path.realpath))
-    names = [_printable(path.name) for path in around if os.path.realpath(path) not in listed]
-    return Counter({f"images that {table.name} does not list ({_few(names, 3)})": len(names)}
-                   if names else {})
+        image for place in sorted({file.parent for file in table["file"]})   # it may lie anywhere
+        for image in sorted(place.iterdir()) if not _not_wanted(image))
+    listed = set(real)
+    unlisted = [image.name for image in around if os.path.realpath(image) not in listed]
+    return table.reset_index(drop=True), Counter({
+        f"{what} ({_few(map(_printable, names), 3)})": len(names) for what, names in (
+            (f"images that {path.name} does not list", unlisted),
+            (f"columns of {path.name} besides {', '.join(LIST_COLUMNS)}", other)) if names})
 
 
 def _with_patients(files: pd.DataFrame, options: ReadOptions,
@@ -1982,8 +1999,13 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions,
         tagged = ""
     patient = patient.where(patient != "", tagged)
     patient = patient.where((patient != "") | (files["count"] < 2), f"{name}/" + files["path"])
+    if len(known := patient[patient != ""].value_counts()):
+        notes.append(f"Patients: {len(known)}, with up to {known.iloc[0]} of {len(files)} files.")
     if unknown := int((patient == "").sum()):
         notes.append(f"The patient is not known for {unknown} of {len(files)} files.")
+        if any(label in path.split("/")[:-2] for path, label in zip(files["path"], files["label"])):
+            notes.append("Some lie in folders within their class: if these are the patients, set "
+                         "patient='([^/]+)/[^/]+$'.")
     return files.assign(patient=patient), notes
 
 
@@ -2459,7 +2481,9 @@ class SplitReport:
     def raise_for_errors(self) -> None:
         """Raise ValueError with all errors, if there are any."""
         if self.errors:
-            raise ValueError(f"{self.name} is not fit for training:\n  " + "\n  ".join(self.errors))
+            raise ValueError("\n  ".join([f"{self.name} is not fit for training:", *self.errors])
+                             + "\nAll cases are in the tables of check_splits. Mend the images, "
+                             "their folders or their list, and load again.")
 
     def _lines(self) -> list[str]:
         verdict = "NOT fit" if self.errors else "fit"
@@ -2609,6 +2633,8 @@ def _check_duplicates(report: SplitReport, data: DataSplits, images: pd.DataFram
     """Find images that are equal pixel for pixel, one row a pair; and ids that occur twice."""
     pairs = images.drop_duplicates("digest").merge(images, on="digest", suffixes=("", "_2"))
     pairs = pairs[(pairs.split != pairs.split_2) | (pairs.row != pairs.row_2)]
+    plain = [np.ptp(data.parts[p.split].images[p.row]) == 0 for p in pairs.itertuples()]
+    pairs = pairs[~np.array(plain, bool)]                            # _check_intensity said so
     torn, crossing = pairs.label != pairs.label_2, pairs.split != pairs.split_2
     for (one, two), some in pairs[crossing].groupby(["split", "split_2"]):
         leaks.append(f"{len(some)} images of {two} are pixel for pixel in {one} too, among them "

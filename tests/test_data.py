@@ -341,6 +341,12 @@ def test_a_meta_table_that_cannot_be_used_is_noted(covid_ct):
     assert any(note.startswith("NonCOVID-CT-MetaInfo.csv could not be used") for note in notes)
 
 
+def test_a_damaged_meta_table_is_noted(covid_ct):
+    (covid_ct / "COVID-CT-MetaInfo.xlsx").write_bytes(b"PK\3\4 and nothing more")
+    notes = m.load_data(covid_ct, image_size=16).notes
+    assert any(note.startswith("COVID-CT-MetaInfo.xlsx could not be used") for note in notes)
+
+
 def test_without_meta_tables_the_patients_are_unknown(covid_ct):
     data = m.load_data(covid_ct, image_size=16)
     assert "No meta table: patients are unknown." in data.notes
@@ -510,7 +516,8 @@ def test_a_picture_in_train_and_test_is_an_error(phantoms):
     report = m.check_splits(planted)
     row = report.tables["duplicates"].iloc[0]
     assert (row.id, row.id_2) == (phantoms.train.ids[4], phantoms.test.ids[0])
-    with pytest.raises(ValueError, match="1 images of test are pixel for pixel in train"):
+    with pytest.raises(ValueError, match="1 images of test are pixel for pixel in train"
+                                         "(.|\n)*tables of check_splits. Mend the images"):
         report.raise_for_errors()
 
 
@@ -535,6 +542,18 @@ def test_a_picture_twice_in_one_split_is_a_warning(phantoms):
     report = m.check_splits(plant(phantoms, "train", images=images))
     assert report.errors == []
     assert report.warnings == ["1 pairs of identical images within a split."]
+
+
+def test_empty_pictures_are_no_copies_of_each_other(phantoms):
+    empty = np.full((32, 32), 7, np.uint8)
+    planted = phantoms
+    for name, part in phantoms.parts.items():
+        images = part.images.copy()
+        images[[0, np.flatnonzero(part.labels == 1)[0]]] = empty  # in each class, in each split
+        planted = plant(planted, name, images=images)
+    report = m.check_splits(planted)
+    assert report.errors == [] and "duplicates" not in report.tables
+    assert sum("2 images of" in w and "one grey value only" in w for w in report.warnings) == 3
 
 
 def test_a_patient_in_two_splits_is_an_error(phantoms):

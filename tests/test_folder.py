@@ -130,8 +130,8 @@ def test_a_csv_gives_label_split_and_patient(folder, tmp_path, mark, start):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("path,diagnosis\na.png,ill", "columns path and label"),
-    ("path,label\na.png,", "filled in every row"),
+    ("path,diagnosis\na.png,ill", "columns path and label.*its columns are: path, diagnosis"),
+    ("path,label\na.png,ill\nb.png,", "filled in every row; they are not in row 3"),
     ("path,label,split\na.png,ill,train\nb.png,well,", "split is '' in some rows"),
     ("path,label,split\na.png,ill,dev", "split is 'dev' in some rows"),
     ("path,label\na.png,ill\n./a.png,ill", "lists files twice"),
@@ -145,6 +145,40 @@ def test_a_csv_with_a_fault_is_named(folder, read, text, words):
     (folder / "list.csv").write_text(text)
     with pytest.raises(ValueError, match=f"list.csv.*({words})"):
         read(labelled=True)
+
+
+def test_a_csv_in_another_encoding_says_how_to_save_it(folder, read):
+    (folder / "list.csv").write_bytes("path,label\na.png,ödem".encode("cp1252"))
+    with pytest.raises(ValueError, match="list.csv is not a CSV file in UTF-8.*'CSV UTF-8'"):
+        read(labelled=True)
+
+
+def test_empty_rows_and_columns_of_a_spreadsheet_are_nothing(folder, read):
+    write_image(folder / "a.png")
+    (folder / "list.csv").write_text("path;label;;\na.png;ill;;\n;;;\n;;;\n")
+    found = read(labelled=True)
+    assert found.table["label"].tolist() == ["ill"]
+    assert not any("Left out" in note for note in found.notes)
+
+
+def test_columns_of_the_csv_that_are_not_used_are_named(folder, read):
+    write_image(folder / "a.png")
+    (folder / "list.csv").write_text("path,label,Fold,age\na.png,ill,test,70\n")
+    assert read(labelled=True).notes[0] == (
+        "Left out: 2 columns of list.csv besides path, label, split, patient (fold, age).")
+
+
+@pytest.mark.parametrize("name", ["Patient ID", "patient_id", "PatientID", "patient"])
+def test_a_column_of_patient_ids_is_the_patient(folder, read, name):
+    write_image(folder / "a.png")
+    (folder / "list.csv").write_text(f"path,label,{name}\na.png,ill,P7\n")
+    assert read(labelled=True).table["patient"].tolist() == ["P7"]
+
+
+def test_a_csv_written_on_windows_finds_its_files(folder, read):
+    write_image(folder / "all" / "a.png")
+    (folder / "list.csv").write_text("path,label\nall\\a.png,ill\n")
+    assert read(labelled=True).table["path"].tolist() == ["all/a.png"]
 
 
 def test_a_file_that_the_csv_lists_and_is_missing_is_named(folder, read):
@@ -219,6 +253,34 @@ def test_one_class_only_is_an_error(folder, tmp_path):
     write_classes(folder, names=("ill",))
     with pytest.raises(ValueError, match=r"one class only \(ill\)"):
         m.load_data(folder, data_dir=tmp_path / "data")
+
+
+@pytest.mark.parametrize("one, other", [("Normal", "normal"), ("\u00d6dem", "O\u0308dem")])
+def test_classes_that_differ_in_how_they_are_written_only_are_an_error(folder, tmp_path, one,
+                                                                       other):
+    rows = ["path,label"]
+    for i in range(6):
+        write_image(folder / f"{i}.png", i)
+        rows.append(f"{i}.png,{(one, other, 'ill')[i % 3]}")
+    (folder / "list.csv").write_text("\n".join(rows), "utf-8")
+    with pytest.raises(ValueError, match="has classes that differ in capitals .*Give them one"):
+        m.load_data(folder, data_dir=tmp_path / "data")
+
+
+def test_folders_within_a_class_are_offered_as_patients(folder, tmp_path):
+    for i in range(24):
+        write_image(folder / ("ill", "well")[i % 2] / f"patient{i // 2}" / f"{i}.png", i)
+    notes = m.load_data(folder, image_size=8, data_dir=tmp_path / "data").notes
+    hint = next(note for note in notes if "if these are the patients" in note)
+    rule = re.search("patient='(.*)'", hint)[1]
+    data = m.load_data(folder, image_size=8, data_dir=tmp_path / "data",
+                       options=m.ReadOptions(patient=rule))
+    assert {name for part in data.parts.values() for name in part.groups} == {
+        f"patient{i}" for i in range(12)}
+    assert "Patients: 12, with up to 2 of 24 files." in data.notes
+    write_classes(folder / "plain")
+    assert not any("if these" in note for note in m.load_data(
+        folder / "plain", image_size=8, data_dir=tmp_path / "data").notes)
 
 
 def test_a_folder_without_images_says_what_it_left_out(folder, read):
@@ -657,6 +719,7 @@ def test_x3_junk_is_left_out_with_a_count(folder, read):
         (folder / "ill" / name).write_bytes(b"" if name.startswith("empty") else b"junk")
     (folder / "__MACOSX" / "ill").mkdir(parents=True)
     (folder / "__MACOSX" / "ill" / "p0_0.png").write_text("junk")
+    write_image(folder / "ill" / "@eaDir" / "p0_0.png" / "SYNOFILE_THUMB_M.png")
     found = read(labelled=True)
     assert len(found.table) == 12
     assert found.notes[0] == "Left out: 1 .db files, 2 .txt files, 1 empty files, 2 hidden files."
