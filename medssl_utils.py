@@ -1457,7 +1457,7 @@ def load_data(
         data = _load_covid_ct(data_dir / "covid_ct", image_size, dtype)
     elif name in DATASETS:
         data = _load_medmnist(name, data_dir, download, unofficial)
-    elif Path(name).exists() or "/" in name or os.sep in name:
+    elif name and Path(name).exists() or "/" in name or os.sep in name:
         data = _load_folder(Path(name), image_size, dtype, options, data_dir, seed)
     else:
         named = [known for known in DATASETS if not known[-1].isdigit()]
@@ -1998,7 +1998,11 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions,
         notes.append("All DICOM files carry the same PatientID; it is taken for none.")
         tagged = ""
     patient = patient.where(patient != "", tagged)
-    patient = patient.where((patient != "") | (files["count"] < 2), f"{name}/" + files["path"])
+    alone = (patient == "") & (files["count"] > 1)
+    patient = patient.mask(alone, f"{name}/" + files["path"])
+    if alone.any():
+        notes.append(f"{alone.sum()} files of several pictures count as a patient each: name the "
+                     f"patients if one has several files.")
     if len(known := patient[patient != ""].value_counts()):
         notes.append(f"Patients: {len(known)}, with up to {known.iloc[0]} of {len(files)} files.")
     if unknown := int((patient == "").sum()):
@@ -2590,8 +2594,12 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
         plain = part.ids[flat.min(1) == flat.max(1)]
         if not (low >= 0 and high <= 255):
             report.errors.append(f"{name} has pixels from {low} to {high}, expected 0 to 255.")
-        elif high < 50:
-            report.warnings.append(f"{name} has no pixel above {high:g} of 255: scaled twice?")
+        elif low == high:
+            report.errors.append(f"{name} has one grey value only, {low:g}: nothing to see. Look at "
+                                 f"the files, or set another window.")
+        elif high - low < 50:
+            report.warnings.append(f"{name} has pixels from {low:g} to {high:g} only, of 0 to 255: "
+                                   f"scaled twice, or too wide a window?")
         if len(plain):
             report.warnings.append(f"{len(plain)} images of {name} have one grey value only: "
                                    f"{', '.join(plain[:3])}.")
@@ -2599,7 +2607,7 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
     stated = {"the data set as stated": (data.mean, data.std)}
     if method in CHECKPOINTS:
         stated[f"pre-training of {method}"] = CHECKPOINTS[method].mean, CHECKPOINTS[method].std
-    for whose, statistics in stated.items():
+    for whose, statistics in stated.items() if std > 0 else ():
         centre, spread = np.mean(statistics[0]), np.mean(statistics[1])
         rows[whose] = {"mean": centre, "std": spread}
         rows[f"train, normalised by {whose}"] = {"mean": (mean - centre) / spread,

@@ -46,6 +46,12 @@ def test_a_misspelt_name_gets_a_hint(wrong, hint):
         m.load_data(wrong)
 
 
+def test_no_name_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="dataset '' is not known"):
+        m.load_data("")
+
+
 @pytest.mark.parametrize("option, value", [("split", "mine"), ("dtype", "float64"),
                                            ("image_size", 0)])
 def test_a_wrong_option_is_named(option, value):
@@ -659,7 +665,24 @@ def test_intensities_are_held_against_pre_training(phantoms):
 def test_images_scaled_to_0_1_are_noticed(phantoms):
     images = (phantoms.test.images > 127).astype(np.uint8)
     report = m.check_splits(plant(phantoms, "test", images=images))
-    assert any("test has no pixel above 1 of 255" in w for w in report.warnings)
+    assert any("test has pixels from 0 to 1 only" in w for w in report.warnings)
+
+
+def test_pictures_that_a_wide_window_flattened_are_noticed(phantoms):
+    report = m.check_splits(plant(phantoms, "test", images=phantoms.test.images // 8 + 100))
+    assert any("test has pixels from 100 to 1" in w and "too wide a window" in w
+               for w in report.warnings)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_part_of_one_grey_value_is_an_error(phantoms, value):
+    data = dataclasses.replace(phantoms, mean=(0.0,) * 3, std=(0.0,) * 3)  # as a folder has them
+    for name, part in phantoms.parts.items():
+        data = plant(data, name, images=np.full_like(part.images, value))
+    report = m.check_splits(data, method="SparK")
+    assert [error.split(":")[0] for error in report.errors] == [
+        f"{part} has one grey value only, {value}" for part in m.SPLITS]
 
 
 def test_pixels_that_are_not_finite_are_an_error(phantoms):

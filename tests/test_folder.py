@@ -1054,7 +1054,11 @@ def test_a_nifti_volume_is_its_own_patient(folder, read):
     for name in ("a", "b"):
         nibabel.save(nibabel.Nifti1Image(np.random.default_rng(0).random((4, 4, 4)), np.eye(4)),
                      folder / f"{name}.nii")
-    assert read(slices="2").table["patient"].tolist() == ["in/a.nii"] * 2 + ["in/b.nii"] * 2
+    found = read(slices="2")
+    assert found.table["patient"].tolist() == ["in/a.nii"] * 2 + ["in/b.nii"] * 2
+    assert ("2 files of several pictures count as a patient each: name the patients if one has "
+            "several files.") in found.notes
+    assert not any("a patient each" in note for note in read(patient=r"([ab])\.nii").notes)
 
 
 def test_volumes_of_the_same_name_in_two_folders_are_two_patients(tmp_path):
