@@ -2607,7 +2607,7 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
     stated = {"the data set as stated": (data.mean, data.std)}
     if method in CHECKPOINTS:
         stated[f"pre-training of {method}"] = CHECKPOINTS[method].mean, CHECKPOINTS[method].std
-    for whose, statistics in stated.items() if std > 0 else ():
+    for whose, statistics in stated.items() if std > 0 else ():      # 0: an error, said above
         centre, spread = np.mean(statistics[0]), np.mean(statistics[1])
         rows[whose] = {"mean": centre, "std": spread}
         rows[f"train, normalised by {whose}"] = {"mean": (mean - centre) / spread,
