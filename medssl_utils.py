@@ -1646,7 +1646,7 @@ PLANES = ("sagittal", "coronal", "axial")     # across the patient's axes: right
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
                  "validation": "val", "test": "test", "testing": "test"}
 LIST_COLUMNS = ["path", "label", "split", "patient"]
-SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")     # of macOS, Synology (thumbnails), Windows
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")    # of macOS, Synology, Windows
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")    # of Pillow: no format that runs a program
 FILE_KINDS = {**dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), "image"),
               ".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI"}
@@ -1754,8 +1754,9 @@ def read_folder(
     CSV file (columns path, label and, if you like, split and patient; paths start where it lies),
     given by its path or as the only CSV in the folder.
 
-    EXIF rotation is applied, transparency shows black. Decoded pictures are kept in
-    `data_dir`/decoded under the files' paths, sizes, times of change and these options.
+    EXIF rotation is applied; transparency, and NaN as outside of a scan, show black. Decoded
+    pictures are kept in `data_dir`/decoded under the files' paths, sizes, times of change and these
+    options.
 
     Args:
         image_size: side in pixels of the pictures, area-resized.
@@ -1929,9 +1930,8 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
-    """Read a list of images: path, label and, if there, split and patient; count what it leaves
-    out: other columns, and images of `folder`, which may be the list itself."""
+def _read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV file as text, its column names in small letters, without empty rows."""
     try:
         text = path.read_text("utf-8-sig")
         mark = next((s for s in (",", ";", "\t") if s in text.partition("\n")[0]), ",")
@@ -1939,21 +1939,27 @@ def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
         table = table.rename(columns=lambda name: name.strip().lower())
         if "patient" not in table:
             table = table.rename(columns=lambda name: re.sub("^patient[ _-]?id$", "patient", name))
-        if len(set(table)) < table.shape[1]:
+        if table.columns.has_duplicates:
             raise ValueError(f"duplicate names among its columns, {', '.join(table)}")
-    except ValueError as error:                       # also: not UTF-8, no table, a column twice
+    except ValueError as error:                                      # also: not UTF-8, no table
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}. Spreadsheets save one as "
                          f"'CSV UTF-8'.") from error
     if not isinstance(table.index, pd.RangeIndex):                   # pandas shifts the columns
         raise ValueError(f"{path} has rows that are longer than its first line. A {mark!r} within "
                          f"a value needs the value in quotes.")
     table = table.apply(lambda column: column.str.strip())
-    table = table[(table != "").any(axis=1)]                         # spreadsheets leave empty rows
-    other = [name for name in table if name not in LIST_COLUMNS and (table[name] != "").any()]
+    return table[(table != "").any(axis=1)]                          # spreadsheets leave empty ones
+
+
+def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
+    """Read a list of images: path, label and, if there, split and patient; count what it leaves
+    out: other columns, and images of `folder`, which may be the list itself."""
+    table = _read_table(path)
     if table.empty or not {"path", "label"} <= set(table):
         raise ValueError(f"{path} must have the columns path and label and rows; its columns are: "
                          f"{_few(table)}. If it is no list of the images, move it out of their "
                          f"folder.")
+    unused = [name for name in table if name not in LIST_COLUMNS and (table[name] != "").any()]
     table = table.reindex(columns=LIST_COLUMNS, fill_value="")
     if len(blank := table.index[(table[["path", "label"]] == "").any(axis=1)]):
         raise ValueError(f"{path}: path and label must be filled in every row; they are not in row "
@@ -1962,9 +1968,8 @@ def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
     if strange := set(table["split"]) - ({*SPLITS} if any(table["split"]) else {""}):
         raise ValueError(f"{path}: split is {_few(map(repr, sorted(strange)))} in some rows; it "
                          f"must be train, val or test in all (or empty in all).")
-    if os.sep == "/":                                                # a list written on Windows
-        table["path"] = [name if (path.parent / name).is_file() else name.replace("\\", "/")
-                         for name in table["path"]]
+    table["path"] = [name if (path.parent / name).is_file() else name.replace("\\", "/")
+                     for name in table["path"]]                      # of a list written on Windows
     table["file"] = [path.parent / name for name in table["path"]]
     real = table["file"].map(os.path.realpath)
     missing = ~table["file"].map(Path.is_file)
@@ -1981,7 +1986,7 @@ def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
     return table.reset_index(drop=True), Counter({
         f"{what} ({_few(map(_printable, names), 3)})": len(names) for what, names in (
             (f"images that {path.name} does not list", unlisted),
-            (f"columns of {path.name} besides {', '.join(LIST_COLUMNS)}", other)) if names})
+            (f"columns of {path.name} besides {', '.join(LIST_COLUMNS)}", unused)) if names})
 
 
 def _with_patients(files: pd.DataFrame, options: ReadOptions,
@@ -2595,8 +2600,8 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
         if not (low >= 0 and high <= 255):
             report.errors.append(f"{name} has pixels from {low} to {high}, expected 0 to 255.")
         elif low == high:
-            report.errors.append(f"{name} has one grey value only, {low:g}: nothing to see. Look at "
-                                 f"the files, or set another window.")
+            report.errors.append(f"{name} has one grey value only, {low:g}: nothing to see. Look "
+                                 f"at the files, or set another window.")
         elif high - low < 50:
             report.warnings.append(f"{name} has pixels from {low:g} to {high:g} only, of 0 to 255: "
                                    f"scaled twice, or too wide a window?")
