@@ -1968,8 +1968,8 @@ def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
     if strange := set(table["split"]) - ({*SPLITS} if any(table["split"]) else {""}):
         raise ValueError(f"{path}: split is {_few(map(repr, sorted(strange)))} in some rows; it "
                          f"must be train, val or test in all (or empty in all).")
-    table["path"] = [name if (path.parent / name).is_file() else name.replace("\\", "/")
-                     for name in table["path"]]                      # of a list written on Windows
+    table["path"] = [name if "\\" not in name or (path.parent / name).is_file() else
+                     name.replace("\\", "/") for name in table["path"]]      # written on Windows
     table["file"] = [path.parent / name for name in table["path"]]
     real = table["file"].map(os.path.realpath)
     missing = ~table["file"].map(Path.is_file)
@@ -1980,9 +1980,10 @@ def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
                                 f"missing: {_few(table['path'][missing], 3)}.")
     around = _walk(folder, Counter(), set()) if folder.is_dir() else (
         image for place in sorted({file.parent for file in table["file"]})   # it may lie anywhere
-        for image in sorted(place.iterdir()) if not _not_wanted(image))
-    listed = set(real)
-    unlisted = [image.name for image in around if os.path.realpath(image) not in listed]
+        for image in sorted(place.iterdir()))
+    listed = {*table["file"], *real}                                 # the first are quick to find
+    unlisted = [image.name for image in around if image not in listed
+                and not _not_wanted(image) and os.path.realpath(image) not in listed]
     return table.reset_index(drop=True), Counter({
         f"{what} ({_few(map(_printable, names), 3)})": len(names) for what, names in (
             (f"images that {path.name} does not list", unlisted),
