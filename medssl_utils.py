@@ -2003,6 +2003,10 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions,
     if (tagged != "").sum() > 1 and tagged[tagged != ""].nunique() == 1:
         notes.append("All DICOM files carry the same PatientID; it is taken for none.")
         tagged = ""
+    filled = (patient == "") & (tagged != "")
+    if filled.any() and (patient != "").any():
+        notes.append(f"{filled.sum()} files take their patient from PatientID, as list or rule "
+                     f"names none: nobody may have one name here and another there.")
     patient = patient.where(patient != "", tagged)
     alone = (patient == "") & (files["count"] > 1)
     patient = patient.mask(alone, f"{name}/" + files["path"])
@@ -2348,7 +2352,8 @@ def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str
         if counts.min() <= left:
             raise ValueError(f"{name}: class {class_names[counts.idxmin()]} has {counts.min()} "
                              f"patients (or images without one), {left + 1} are needed to draw "
-                             f"{part}. Add images, or name the parts yourself.")
+                             f"{part}. Add images, or name the parts yourself; if they are more "
+                             f"patients, name these by patient= or in a CSV.")
         alone = len(np.unique(together)) == len(together)            # the quicker one will do
         kfold = StratifiedKFold if alone else StratifiedGroupKFold
         share = np.bincount(labels) / shares[part]                   # of each class

@@ -353,7 +353,8 @@ def test_the_drawn_split_is_saved_and_holds_when_copied_into_the_folder(folder, 
 
 def test_too_few_patients_to_draw_a_split_are_named(folder, tmp_path):
     write_classes(folder, 4)
-    with pytest.raises(ValueError, match="class ill has 2 patients.*3 are needed to draw test"):
+    with pytest.raises(ValueError, match="class ill has 2 patients.*3 are needed to draw test.*"
+                                         "name these by patient="):
         m.load_data(folder, data_dir=tmp_path / "data", options=m.ReadOptions(patient=r"(p\d)_"))
 
 
@@ -923,6 +924,17 @@ def test_x7_patientid_is_the_group(folder, tmp_path):
     data = m.load_data(folder, image_size=8, data_dir=tmp_path / "data")
     groups = [set(getattr(data, part).groups) for part in m.SPLITS]
     assert sum(map(len, groups)) == len(set.union(*groups)) == 12
+
+
+def test_x7_patients_named_by_the_list_and_by_patientid_are_noted(folder, read):
+    for i in range(3):
+        write_dicom(folder / f"{i}.dcm", DEEP + np.uint16(i), PatientID=f"00{i}")
+    (folder / "list.csv").write_text("path,label,patient\n0.dcm,ill,P0\n1.dcm,ill,\n2.dcm,ill,\n")
+    found, note = read(labelled=True), "2 files take their patient from PatientID, as list or rule"
+    assert found.table["patient"].tolist() == ["P0", "001", "002"]
+    assert any(line.startswith(note) for line in found.notes)
+    (folder / "list.csv").write_text("path,label\n0.dcm,ill\n1.dcm,ill\n2.dcm,ill\n")
+    assert not any("take their patient" in line for line in read(labelled=True).notes)
 
 
 def test_x7_one_patientid_for_all_is_no_patient(folder, read):
