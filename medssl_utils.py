@@ -1532,9 +1532,9 @@ def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
                 ids = np.array([f"{part}/{i:06d}" for i in range(len(labels))])
                 parts[part] = Split(images, labels, ids)
     except Exception as error:                                       # damaged files raise anything
-        raise ValueError(f"{path} is not a MedMNIST file ({_reason(error, path)}). It must hold "
-                         f"train_images (N, H, W) or (N, H, W, 3), uint8, train_labels of as many "
-                         f"rows, and the same for val and test.") from error
+        raise ValueError(f"{path} can't be read as a MedMNIST file ({_reason(error, path)}). It "
+                         f"must hold train_images (N, H, W) or (N, H, W, 3), uint8, train_labels "
+                         f"of as many rows, and the same for val and test.") from error
     return parts
 
 
@@ -1630,8 +1630,8 @@ def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
         read = pd.read_csv if filename.endswith(".csv") else pd.read_excel
         try:
             table = read(folder / filename, dtype=str)[[column, patient]].dropna()
-        except Exception as error:           # no openpyxl, a damaged file, other columns ...
-            notes.append(f"{filename} could not be used: {error}")   # ImportError: no openpyxl
+        except Exception as error:                                   # no openpyxl, damage, ...
+            notes.append(f"{filename} could not be used: {error}")
             continue
         stems = (prefix + table[column].str.strip()).str.replace(r"\.(png|jpe?g)$", "", regex=True)
         patients.update(zip(stems, table[patient].str.strip(), strict=True))
