@@ -39,6 +39,7 @@ import textwrap
 import threading
 import time
 import traceback
+import unicodedata
 import warnings
 import zipfile
 import zlib
@@ -100,6 +101,11 @@ def check_choice(value: str, options: Iterable[str], what: str) -> str:
     near = difflib.get_close_matches(str(value).lower(), [o.lower() for o in options], n=1)
     hint = next((f" Did you mean {o!r}?" for o in options if near and o.lower() == near[0]), "")
     raise ValueError(f"{what} {value!r} is not known.{hint} Choose one of: {', '.join(options)}.")
+
+
+def _path(typed: str | Path) -> Path:
+    """Return the path that a user typed; `~` is the home folder."""
+    return Path(os.path.expanduser(typed))
 
 
 @contextlib.contextmanager
@@ -235,12 +241,12 @@ def download_checkpoint(
         CheckpointError: the file could not be had; says why, and how to get it by hand.
     """
     checkpoint = CHECKPOINTS[check_choice(method, METHODS, "method")]
-    target = Path(folder) / checkpoint.filename
+    target = _path(folder) / checkpoint.filename
     try:
         recorded = _checksums(target.parent).get(target.name)
         expected = {"sha256": _hex(sha256)} if sha256 else recorded
         if from_file is not None:
-            if problem := _file_problem(Path(from_file), expected):
+            if problem := _file_problem(from_file := _path(from_file), expected):
                 raise CheckpointError(f"{from_file}: {problem}.")
             expected = expected or {"sha256": _digest(from_file)}
         if not _file_problem(target, expected):  # before the lock: the folder may be read-only
@@ -660,7 +666,7 @@ def load_state_dict(
     Raises:
         CheckpointError: it isn't a checkpoint, is damaged, or asks for names of no weight file.
     """
-    with _about(path := Path(path)):
+    with _about(path := _path(path)):
         top, records, _ = _open_checkpoint(path, _extras(allow_extra))
         entries, _ = _unwrap(top)
         stored = {name: entry for name, entry in entries.items() if isinstance(entry, _Stored)}
@@ -964,7 +970,7 @@ def load_backbone(
         tensors, report = _load_control(method, seed)
         report = replace(report, beside_stand_ins=weights == "stand-in")
     else:
-        file = _locate(method, weights, Path(folder)) if path is None else Path(path)
+        file = _locate(method, weights, _path(folder)) if path is None else _path(path)
         with _about(file):
             tensors, report = (
                 _load_exported(method, file) if _is_exported(file) else
@@ -1252,7 +1258,7 @@ def export_backbone(model: nn.Module, path: str | Path, report: KeyReport) -> Pa
         CheckpointError: the weights are no longer those that the report speaks of.
         ValueError: the name doesn't end in `.safetensors`, by which `load_backbone` knows it.
     """
-    path, state = Path(path), model.state_dict()
+    path, state = _path(path), model.state_dict()
     if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path}: the name of an exported backbone must end in .safetensors.")
     tensors = {name: state[name].cpu() for name in _backbone_layout() if name in state}
@@ -1501,15 +1507,15 @@ def load_data(
     check_choice(split, ("official", "grouped"), "split")
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1 pixel, not {image_size}.")
-    name = str(dataset)
+    name, data_dir = os.path.expanduser(str(dataset)), _path(data_dir)
     if name == "phantom":
         data = demo_data(seed, image_size=image_size)
     elif name == "covid_ct":
-        data = _load_covid_ct(Path(data_dir) / "covid_ct", image_size, dtype)
+        data = _load_covid_ct(data_dir / "covid_ct", image_size, dtype)
     elif name in DATASETS:
-        data = _load_medmnist(name, Path(data_dir), download, unofficial)
-    elif Path(name).exists() or "/" in name or os.sep in name:
-        data = _load_folder(Path(name), image_size, dtype, options, Path(data_dir), seed)
+        data = _load_medmnist(name, data_dir, download, unofficial)
+    elif name and Path(name).exists() or "/" in name or os.sep in name:
+        data = _load_folder(Path(name), image_size, dtype, options, data_dir, seed)
     else:
         named = [known for known in DATASETS if not known[-1].isdigit()]
         try:
@@ -1576,11 +1582,16 @@ def _read_medmnist(path: Path, task: str) -> dict[str, Split]:
             for part in SPLITS:
                 images, labels = file[f"{part}_images"], file[f"{part}_labels"].astype(np.int64)
                 labels = labels if task == "multi-label" else labels.reshape(-1)
+                if (images.dtype != np.uint8 or images.shape[3:] not in ((), (3,))
+                        or images.ndim < 3 or len(images) != len(labels)):
+                    raise ValueError(f"{part}_images are {images.dtype} of shape {images.shape}, "
+                                     f"beside {len(labels)} labels")
                 ids = np.array([f"{part}/{i:06d}" for i in range(len(labels))])
                 parts[part] = Split(images, labels, ids)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a MedMNIST file ({error}). It must hold train_images, "
-                         f"train_labels and the same for val and test.") from error
+    except Exception as error:                                       # damaged files raise anything
+        raise ValueError(f"{path} can't be read as a MedMNIST file ({_reason(error, path)}). It "
+                         f"must hold train_images (N, H, W) or (N, H, W, 3), uint8, train_labels "
+                         f"of as many rows, and the same for val and test.") from error
     return parts
 
 
@@ -1676,8 +1687,8 @@ def _covid_ct_patients(folder: Path) -> tuple[dict[str, str], list[str]]:
         read = pd.read_csv if filename.endswith(".csv") else pd.read_excel
         try:
             table = read(folder / filename, dtype=str)[[column, patient]].dropna()
-        except (ImportError, KeyError, ValueError) as error:
-            notes.append(f"{filename} could not be used: {error}")   # ImportError: no openpyxl
+        except Exception as error:                                   # no openpyxl, damage, ...
+            notes.append(f"{filename} could not be used: {error}")
             continue
         stems = (prefix + table[column].str.strip()).str.replace(r"\.(png|jpe?g)$", "", regex=True)
         patients.update(zip(stems, table[patient].str.strip(), strict=True))
@@ -1691,6 +1702,8 @@ WINDOWS = {"lung": (-600, 1500), "soft tissue": (50, 400), "bone": (400, 1800), 
 PLANES = ("sagittal", "coronal", "axial")     # across the patient's axes: right, front, top
 SPLIT_FOLDERS = {"train": "train", "training": "train", "val": "val", "valid": "val",
                  "validation": "val", "test": "test", "testing": "test"}
+LIST_COLUMNS = ["path", "label", "split", "patient"]
+SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")    # of macOS, Synology, Windows
 IMAGE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP")    # of Pillow: no format that runs a program
 FILE_KINDS = {**dict.fromkeys((".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"), "image"),
               ".dcm": "DICOM", ".dicom": "DICOM", ".ima": "DICOM", ".nii": "NIfTI"}
@@ -1798,8 +1811,9 @@ def read_folder(
     CSV file (columns path, label and, if you like, split and patient; paths start where it lies),
     given by its path or as the only CSV in the folder.
 
-    EXIF rotation is applied, transparency shows black. Decoded pictures are kept in
-    `data_dir`/decoded under the files' paths, sizes, times of change and these options.
+    EXIF rotation is applied; transparency, and NaN as outside of a scan, show black. Decoded
+    pictures are kept in `data_dir`/decoded under the files' paths, sizes, times of change and these
+    options.
 
     Args:
         image_size: side in pixels of the pictures, area-resized.
@@ -1811,7 +1825,7 @@ def read_folder(
             named.
     """
     check_choice(dtype, ("uint8", "float32"), "dtype")
-    options, folder = options or ReadOptions(), Path(folder)
+    options, folder = options or ReadOptions(), _path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"There is no folder {folder}: looked for {folder.absolute()}.")
     files, left_out = _list_folder(folder, labelled)
@@ -1820,7 +1834,7 @@ def read_folder(
     if files.empty:
         raise ValueError(f"{folder} holds no PNG, JPEG, TIFF, BMP, DICOM or NIfTI image. "
                          + " ".join(notes))
-    cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, Path(data_dir))
+    cache, known = _decoded(files["file"].tolist(), options, image_size, dtype, _path(data_dir))
     files = pd.concat([files, pd.DataFrame(known["facts"])], axis=1)
     broken = files.loc[files["reason"] != "", ["path", "reason"]].reset_index(drop=True)
     classes = (files["split"] + "/" + files["label"]).str.strip("/")
@@ -1856,6 +1870,10 @@ def _load_folder(folder: Path, image_size: int, dtype: str, options: ReadOptions
     if len(names) < 2:
         raise ValueError(f"{folder} has images of one class only ({names[0]}); at least two are "
                          f"needed. {' '.join(found.notes)}")
+    plain = [unicodedata.normalize("NFC", name).casefold() for name in names]
+    if alike := [name for name, key in zip(names, plain) if plain.count(key) > 1]:
+        raise ValueError(f"{folder} has classes that differ in capitals or accents' encoding only: "
+                         f"{', '.join(alike)}. Give them one name.")
     parts = found.table["split"].replace("", "train").to_numpy(str)
     if "train" not in parts:
         raise ValueError(f"{folder} has {' and '.join(sorted(set(parts)))} but no train part: "
@@ -1896,7 +1914,7 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
         path for path in sorted(folder.iterdir())
         if labelled and path.suffix.lower() == ".csv" and path.name[0] != "."]
     if len(tables) == 1:
-        return _list_csv(tables[0]), Counter()
+        return _list_csv(tables[0], folder)
     if tables:
         raise ValueError(f"{folder} has {len(tables)} CSV files. Give the path of the one that "
                          f"lists the images.")
@@ -1906,7 +1924,7 @@ def _list_folder(folder: Path, labelled: bool) -> tuple[pd.DataFrame, Counter[st
     tops = {step[0] for step in steps if len(step) > 1}
     divided = {top for top in tops if top.lower() in SPLIT_FOLDERS}
     empty = {_printable(p.name) for p in folder.iterdir() if p.is_dir() and not p.is_symlink()
-             and p.name[0] != "." and p.name != "__MACOSX"
+             and p.name[0] != "." and p.name not in SYSTEM_FOLDERS
              and not (p / "decoded").is_dir()} - tops                # a data_dir of ours
     strange = [*sorted(tops - divided if divided else ()),
                *("/".join(step) for step in steps if len(step) < (3 if divided else 2)),
@@ -1934,7 +1952,7 @@ def _walk(folder: Path, left_out: Counter[str], seen: set[str]) -> Iterator[Path
         if path.is_dir():
             if met:
                 left_out["folders met a second time, by a link"] += 1
-            elif path.name[0] != "." and path.name != "__MACOSX":
+            elif path.name[0] != "." and path.name not in SYSTEM_FOLDERS:
                 yield from _walk(path, left_out, seen)
         elif why := _not_wanted(path) or "links to files met before" * met:
             left_out[why] += 1
@@ -1969,36 +1987,64 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _list_csv(path: Path) -> pd.DataFrame:
-    """Read a list of images: path, label and, if there, split and patient."""
+def _read_table(path: Path) -> pd.DataFrame:
+    """Read a CSV file as text, its column names in small letters, without empty rows."""
     try:
         text = path.read_text("utf-8-sig")
         mark = next((s for s in (",", ";", "\t") if s in text.partition("\n")[0]), ",")
         table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, sep=mark)
-        table = table.rename(columns=lambda name: name.strip().lower()).reindex(
-            columns=["path", "label", "split", "patient"], fill_value="")
-    except ValueError as error:                       # also: not UTF-8, no table, a column twice
-        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
+        table = table.rename(columns=lambda name: name.strip().lower())
+        if "patient" not in table:
+            table = table.rename(columns=lambda name: re.sub("^patient[ _-]?id$", "patient", name))
+        if table.columns.has_duplicates:
+            raise ValueError(f"duplicate names among its columns, {', '.join(table)}")
+    except ValueError as error:                                      # also: not UTF-8, no table
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}. Spreadsheets save one as "
+                         f"'CSV UTF-8'.") from error
     if not isinstance(table.index, pd.RangeIndex):                   # pandas shifts the columns
         raise ValueError(f"{path} has rows that are longer than its first line. A {mark!r} within "
                          f"a value needs the value in quotes.")
     table = table.apply(lambda column: column.str.strip())
-    if table.empty or (table[["path", "label"]] == "").any(axis=None):
-        raise ValueError(f"{path} must have the columns path and label, filled in every row. If "
-                         f"it is no list of the images, move it out of their folder.")
+    return table[(table != "").any(axis=1)]                          # spreadsheets leave empty ones
+
+
+def _list_csv(path: Path, folder: Path) -> tuple[pd.DataFrame, Counter[str]]:
+    """Read a list of images: path, label and, if there, split and patient; count what it leaves
+    out: other columns, and images of `folder`, which may be the list itself."""
+    table = _read_table(path)
+    if table.empty or not {"path", "label"} <= set(table):
+        raise ValueError(f"{path} must have the columns path and label and rows; its columns are: "
+                         f"{_few(table)}. If it is no list of the images, move it out of their "
+                         f"folder.")
+    unused = [name for name in table if name not in LIST_COLUMNS and (table[name] != "").any()]
+    table = table.reindex(columns=LIST_COLUMNS, fill_value="")
+    if len(blank := table.index[(table[["path", "label"]] == "").any(axis=1)]):
+        raise ValueError(f"{path}: path and label must be filled in every row; they are not in row "
+                         f"{_few(str(number + 2) for number in blank)}.")
     table["split"] = table["split"].str.lower().replace(SPLIT_FOLDERS)
     if strange := set(table["split"]) - ({*SPLITS} if any(table["split"]) else {""}):
         raise ValueError(f"{path}: split is {_few(map(repr, sorted(strange)))} in some rows; it "
                          f"must be train, val or test in all (or empty in all).")
+    table["path"] = [name if "\\" not in name or (path.parent / name).is_file() else
+                     name.replace("\\", "/") for name in table["path"]]      # written on Windows
     table["file"] = [path.parent / name for name in table["path"]]
-    twice = table["file"].map(os.path.realpath).duplicated()
+    real = table["file"].map(os.path.realpath)
     missing = ~table["file"].map(Path.is_file)
-    if twice.any():
-        raise ValueError(f"{path} lists files twice: {_few(table['path'][twice])}.")
+    if real.duplicated().any():
+        raise ValueError(f"{path} lists files twice: {_few(table['path'][real.duplicated()])}.")
     if missing.any():
         raise FileNotFoundError(f"{missing.sum()} of {len(table)} files that {path} lists are "
                                 f"missing: {_few(table['path'][missing], 3)}.")
-    return table
+    around = _walk(folder, Counter(), set()) if folder.is_dir() else (
+        image for place in sorted({file.parent for file in table["file"]})   # it may lie anywhere
+        for image in sorted(place.iterdir()))
+    listed = {*table["file"], *real}                                 # the first are quick to find
+    unlisted = [image.name for image in around if image not in listed
+                and not _not_wanted(image) and os.path.realpath(image) not in listed]
+    return table.reset_index(drop=True), Counter({
+        f"{what} ({_few(map(_printable, names), 3)})": len(names) for what, names in (
+            (f"images that {path.name} does not list", unlisted),
+            (f"columns of {path.name} besides {', '.join(LIST_COLUMNS)}", unused)) if names})
 
 
 def _with_patients(files: pd.DataFrame, options: ReadOptions,
@@ -2014,10 +2060,23 @@ def _with_patients(files: pd.DataFrame, options: ReadOptions,
     if (tagged != "").sum() > 1 and tagged[tagged != ""].nunique() == 1:
         notes.append("All DICOM files carry the same PatientID; it is taken for none.")
         tagged = ""
+    filled = (patient == "") & (tagged != "")
+    if filled.any() and (patient != "").any():
+        notes.append(f"{filled.sum()} files take their patient from PatientID, as list or rule "
+                     f"names none: nobody may have one name here and another there.")
     patient = patient.where(patient != "", tagged)
-    patient = patient.where((patient != "") | (files["count"] < 2), f"{name}/" + files["path"])
+    alone = (patient == "") & (files["count"] > 1)
+    patient = patient.mask(alone, f"{name}/" + files["path"])
+    if alone.any():
+        notes.append(f"{alone.sum()} files of several pictures count as a patient each: name the "
+                     f"patients if one has several files.")
+    if len(known := patient[patient != ""].value_counts()):
+        notes.append(f"Patients: {len(known)}, with up to {known.iloc[0]} of {len(files)} files.")
     if unknown := int((patient == "").sum()):
         notes.append(f"The patient is not known for {unknown} of {len(files)} files.")
+        if any(label in path.split("/")[:-2] for path, label in zip(files["path"], files["label"])):
+            notes.append("Some lie in folders within their class: if these are the patients, set "
+                         "patient='([^/]+)/[^/]+$'.")
     return files.assign(patient=patient), notes
 
 
@@ -2028,6 +2087,7 @@ def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
     rule = f"by the window {options.window!r}" if options.window else "each over its own range"
     odd = {f"hold several pictures, of which slices={options.slices!r}": files["count"] > 1,
            f"have more than 8 bits, scaled {rule}": files["deep"],
+           "hold NaN, as outside of the scan: black, and no part of the range": files["outside"],
            "were turned upright by their EXIF mark": files["turned"],
            "are smaller than 32 pixels": files[["width", "height"]].min(axis=1) < 32}
     suffix = files["path"].str.lower().str.extract(r"\.(\w+)$")[0].replace("jpg", "jpeg")
@@ -2044,7 +2104,7 @@ def _oddities(files: pd.DataFrame, options: ReadOptions) -> list[str]:
 def _decoded(paths: list[Path], options: ReadOptions, size: int, dtype: str,
              data_dir: Path) -> tuple[Path, dict[str, Any]]:
     """Return the file that holds all pictures in order, their shape, and each file's facts."""
-    digest = hashlib.sha256(repr(("version 3", size, dtype, options.window, options.slices,
+    digest = hashlib.sha256(repr(("version 4", size, dtype, options.window, options.slices,
                                   options.plane)).encode())
     for path in paths:
         info = path.stat()
@@ -2106,7 +2166,7 @@ def _read_files(paths: list[Any], read: Callable[[Any], _Found]) -> Iterator[_Fo
 
 _Found = tuple[dict[str, Any], list[np.ndarray]]  # a file's facts; its pictures
 _UNREAD = {"kind": "", "mode": "", "width": 0, "height": 0, "count": 1, "deep": False,
-           "turned": False, "patient_id": "", "numbers": [], "reason": ""}
+           "turned": False, "outside": False, "patient_id": "", "numbers": [], "reason": ""}
 
 
 def _read_file(path: Path, options: ReadOptions, size: int, dtype: str) -> _Found:
@@ -2118,6 +2178,8 @@ def _read_file(path: Path, options: ReadOptions, size: int, dtype: str) -> _Foun
         facts = _UNREAD | next(reading)
         _check_size(facts["width"], facts["height"], facts["count"])
         for number, picture in reading:
+            if picture.dtype.kind == "f" and (outside := np.isnan(picture)).any():
+                facts["outside"], picture = True, np.where(outside, 0, picture)
             numbers.append(number)
             pictures.append(_area_resize(picture, size, dtype))
     except Exception as error:                                       # damaged files raise anything
@@ -2202,13 +2264,14 @@ def _as_seen(image: Image.Image) -> np.ndarray:
 
 
 def _scaled(values: np.ndarray, options: ReadOptions, hounsfield: bool) -> np.ndarray:
-    """Scale grey values to float32 0..255 by the rule of `options`."""
+    """Scale grey values to float32 0..255 by the rule of `options`; NaN, which is no part of the
+    picture, stays NaN."""
     if options.window in WINDOWS and not hounsfield:
         raise ValueError(f"its grey values are not known to be Hounsfield units, in which the "
                          f"window {options.window!r} is given: set window to '' or to "
                          f"'centre, width' in its own units")
-    low, high = float(values.min()), float(values.max())
-    if not high - low < 1e30:                                        # also NaN and infinity
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    if not high - low < 1e30:                                        # also NaN alone, and infinity
         raise ValueError(f"its grey values go from {low:g} to {high:g}")
     low, high = options.limits or (low, high)
     shares = (values.astype(np.float32) - low) / max(high - low, 1e-30)
@@ -2333,11 +2396,12 @@ def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str
     """Draw the missing of `parts` (N,) from train: a quarter as test, a fifth of the rest as val.
 
     Both only about so: stratified by class, and what belongs together stays in one part. Of the
-    folds that scikit-learn makes, the first is taken where it and the rest have every class.
+    folds that scikit-learn makes (fewer, where need be), that one is taken which leaves every class
+    to the others, has every class itself, and is nearest to its share of each.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    units = _split_units(pool)
+    units, shares = _split_units(pool), {"test": 4, "val": 5}
     for left, part in zip(range(len(missing), 0, -1), missing):
         index = np.flatnonzero(parts == "train")
         labels, together = pool.labels[index], units[index]
@@ -2345,14 +2409,29 @@ def _draw_parts(name: str, pool: Split, parts: np.ndarray, missing: Sequence[str
         if counts.min() <= left:
             raise ValueError(f"{name}: class {class_names[counts.idxmin()]} has {counts.min()} "
                              f"patients (or images without one), {left + 1} are needed to draw "
-                             f"{part}. Add images, or name the parts yourself.")
+                             f"{part}. Add images, or name the parts yourself; if they are more "
+                             f"patients, name these by patient= or in a CSV.")
         alone = len(np.unique(together)) == len(together)            # the quicker one will do
-        kfold = (StratifiedKFold if alone else StratifiedGroupKFold)(
-            min({"test": 4, "val": 5}[part], counts.min()), shuffle=True, random_state=seed)
-        folds = list(kfold.split(index, labels, None if alone else together))
-        fold = next((fold for rest, fold in folds if set(labels[rest]) == set(labels[fold])),
-                    folds[0][1])
-        parts[index[fold]] = part
+        kfold = StratifiedKFold if alone else StratifiedGroupKFold
+        share = np.bincount(labels) / shares[part]                   # of each class
+
+        def faults(pair: tuple[np.ndarray, np.ndarray]) -> tuple[int, int, float]:
+            others, fold = pair
+            units_left = pd.Series(together[others]).groupby(labels[others]).nunique()
+            given = np.bincount(labels[fold], minlength=len(share))
+            return (len(counts) - (units_left >= left).sum(), len(counts) - (given > 0).sum(),
+                    np.abs(given - share).sum())
+
+        folds = []
+        for n in range(min(shares[part], counts.max()), 1, -1):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                      # a class in too few folds
+                folds += kfold(n, shuffle=True, random_state=seed).split(
+                    index, labels, None if alone else together)
+            best = min(folds, key=faults)
+            if faults(best)[:2] == (0, 0):
+                break
+        parts[index[best[1]]] = part
 
 
 def _split_units(part: Split) -> np.ndarray:
@@ -2474,7 +2553,9 @@ class SplitReport:
     def raise_for_errors(self) -> None:
         """Raise ValueError with all errors, if there are any."""
         if self.errors:
-            raise ValueError(f"{self.name} is not fit for training:\n  " + "\n  ".join(self.errors))
+            raise ValueError("\n  ".join([f"{self.name} is not fit for training:", *self.errors])
+                             + "\nAll cases are in the tables of check_splits. Mend the images, "
+                             "their folders or their list, and load again.")
 
     def _lines(self) -> list[str]:
         verdict = "NOT fit" if self.errors else "fit"
@@ -2581,8 +2662,12 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
         plain = part.ids[flat.min(1) == flat.max(1)]
         if not (low >= 0 and high <= 255):
             report.errors.append(f"{name} has pixels from {low} to {high}, expected 0 to 255.")
-        elif high < 50:
-            report.warnings.append(f"{name} has no pixel above {high:g} of 255: scaled twice?")
+        elif low == high:
+            report.errors.append(f"{name} has one grey value only, {low:g}: nothing to see. Look "
+                                 f"at the files, or set another window.")
+        elif high - low < 50:
+            report.warnings.append(f"{name} has pixels from {low:g} to {high:g} only, of 0 to 255: "
+                                   f"scaled twice, or too wide a window?")
         if len(plain):
             report.warnings.append(f"{len(plain)} images of {name} have one grey value only: "
                                    f"{', '.join(plain[:3])}.")
@@ -2590,7 +2675,7 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
     stated = {"the data set as stated": (data.mean, data.std)}
     if method in CHECKPOINTS:
         stated[f"pre-training of {method}"] = CHECKPOINTS[method].mean, CHECKPOINTS[method].std
-    for whose, statistics in stated.items():
+    for whose, statistics in stated.items() if std > 0 else ():      # 0: an error, said above
         centre, spread = np.mean(statistics[0]), np.mean(statistics[1])
         rows[whose] = {"mean": centre, "std": spread}
         rows[f"train, normalised by {whose}"] = {"mean": (mean - centre) / spread,
@@ -2624,6 +2709,8 @@ def _check_duplicates(report: SplitReport, data: DataSplits, images: pd.DataFram
     """Find images that are equal pixel for pixel, one row a pair; and ids that occur twice."""
     pairs = images.drop_duplicates("digest").merge(images, on="digest", suffixes=("", "_2"))
     pairs = pairs[(pairs.split != pairs.split_2) | (pairs.row != pairs.row_2)]
+    plain = [np.ptp(data.parts[p.split].images[p.row]) == 0 for p in pairs.itertuples()]
+    pairs = pairs[~np.array(plain, bool)]                            # _check_intensity said so
     torn, crossing = pairs.label != pairs.label_2, pairs.split != pairs.split_2
     for (one, two), some in pairs[crossing].groupby(["split", "split_2"]):
         leaks.append(f"{len(some)} images of {two} are pixel for pixel in {one} too, among them "
@@ -3249,7 +3336,7 @@ def load_run(folder: str | Path) -> Run:
     Raises:
         FileNotFoundError: the folder has no metrics.json, so the run is not finished.
     """
-    folder = Path(folder)
+    folder = _path(folder)
     if not (folder / "metrics.json").exists():
         raise FileNotFoundError(
             f"{folder.name} has no metrics.json: the run is not finished. Run it again.")
@@ -3569,7 +3656,7 @@ def fine_tune(
         rule=config.subset_rule), None, check_splits(data))
     checks.raise_for_errors()
     settings = _settings(report, data, config, subset, label_fraction, seed, fingerprints)
-    folder = Path(runs_dir) / study / run_name(settings)
+    folder = _path(runs_dir) / study / run_name(settings)
     folder.mkdir(parents=True, exist_ok=True)
     with _sole_writer(folder), _explained(folder, config):
         if (folder / "metrics.json").exists():
@@ -3920,8 +4007,8 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         FileNotFoundError: no run lies below `folder`.
         ValueError: a run's file is damaged.
     """
-    rows = []
-    for path in sorted(Path(folder).rglob("config.json")):
+    rows, folder = [], _path(folder)
+    for path in sorted(folder.rglob("config.json")):
         config = _read_json(path)
         config["used_precision"] = config.get("environment", {}).get("precision")  # of "auto"
         row = {k: str(v) if isinstance(v := config.get(k), list) else v for k in RESULT_COLUMNS}
@@ -3933,7 +4020,7 @@ def load_runs(folder: str | Path) -> pd.DataFrame:
         rows.append({**row, "status": "done" if done.exists() else "unfinished",
                      "folder": path.parent})
     if not rows:
-        there = sorted({path.parts[-3] for path in Path(folder).parent.glob("*/*/config.json")})
+        there = sorted({path.parts[-3] for path in folder.parent.glob("*/*/config.json")})
         raise FileNotFoundError(
             f"No runs in {folder}. {f'Studies beside it: {_few(there)}. ' if there else ''}Set the "
             "folder of a study that has been run, or run one (notebook 04, or make workbook).")
@@ -4254,8 +4341,8 @@ def _plain(name: str, value: Any) -> Any:
         return tuple(value)
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if isinstance(value, str) and value and (name in PATHS or name == "dataset" and (
-            value not in DATASETS and Path(value).exists())):
-        return str(Path(value).resolve())  # workers and notebooks start in other folders
+            value not in DATASETS and _path(value).exists())):
+        return str(_path(value).resolve())  # workers and notebooks start in other folders
     try:
         plain = type(default)(value)
     except (TypeError, ValueError):
@@ -4815,7 +4902,7 @@ def write_demo_checkpoint(method: str, folder: str | Path, *, seed: int = 0) -> 
                         for prefix, part in parts for name, tensor in part.items())
     wrapper = _demo_wrapper(method, state)
     wrapper[STAND_IN_MARK] = f"random weights, seed {seed}, in the layout of a {method} checkpoint"
-    path = Path(folder) / CHECKPOINTS[method].filename
+    path = _path(folder) / CHECKPOINTS[method].filename
     with _atomic(path) as temporary, open(temporary, "wb") as file:
         torch.save(wrapper, file)  # not to a path, whose name would go into the file
     return path

@@ -46,6 +46,12 @@ def test_a_misspelt_name_gets_a_hint(wrong, hint):
         m.load_data(wrong)
 
 
+def test_no_name_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="dataset '' is not known"):
+        m.load_data("")
+
+
 @pytest.mark.parametrize("option, value", [("split", "mine"), ("dtype", "float64"),
                                            ("image_size", 0)])
 def test_a_wrong_option_is_named(option, value):
@@ -145,7 +151,7 @@ def test_an_unofficial_file_is_noted(tmp_path):
 
 def test_a_broken_file_is_an_error_even_if_allowed(tmp_path):
     (tmp_path / "pneumoniamnist.npz").write_bytes(medmnist_bytes()[:500])
-    with pytest.raises(ValueError, match="not a MedMNIST file"):
+    with pytest.raises(ValueError, match="can't be read as a MedMNIST"):
         m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
 
 
@@ -155,7 +161,34 @@ def test_a_file_damaged_within_its_pixels_is_an_error_even_if_allowed(tmp_path):
     damaged = bytearray((tmp_path / "pneumoniamnist.npz").read_bytes())
     damaged[150:200] = bytes(50)
     (tmp_path / "pneumoniamnist.npz").write_bytes(damaged)
-    with pytest.raises(ValueError, match="not a MedMNIST file"):
+    with pytest.raises(ValueError, match="can't be read as a MedMNIST"):
+        m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
+
+
+@pytest.mark.parametrize("old, new", [
+    (b"(20, 28, 28)", b"(20, 28, 28"), (b"(20, 28, 28)", b"(20, 28, '8)"),
+    (b"(20, 28, 28)", b"(9999999999, 999999999)"), (b"\x93NUMPY", b"\x00NUMPY"),
+    (b"|u1", b"|O8"), (b"|u1", b"<f1"), (b"|u1", b"|i1"), (b"(20, 28, 28)", b"(10, 28, 28)"),
+    (b"(20, 28, 28)", b"(20, 784)"), (b"(20, 28, 28)", b"(20, 2, 14, 28)"),
+], ids=str)
+def test_a_damaged_header_within_the_file_is_an_error_even_if_allowed(tmp_path, old, new):
+    with zipfile.ZipFile(io.BytesIO(medmnist_bytes())) as whole, zipfile.ZipFile(
+            tmp_path / "pneumoniamnist.npz", "w") as damaged:
+        for name in whole.namelist():
+            body = whole.read(name)
+            if name == "train_images.npy":  # its header has 128 bytes, spaces and \\n at the end
+                body = body[:127].replace(old, new).rstrip().ljust(127) + body[127:]
+            damaged.writestr(name, body)
+    with pytest.raises(ValueError, match="pneumoniamnist.npz can't be read as a MedMNIST.*hold"):
+        m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
+
+
+@pytest.mark.parametrize("place, value", [(6, 255), (8, 32), (10, 99)])  # version, flags, method
+def test_a_zip_header_that_lies_is_an_error_even_if_allowed(tmp_path, place, value):
+    body = bytearray(medmnist_bytes())
+    body[body.index(b"PK\1\2") + place] = value
+    (tmp_path / "pneumoniamnist.npz").write_bytes(body)
+    with pytest.raises(ValueError, match="pneumoniamnist.npz can't be read as a MedMNIST"):
         m.load_data("pneumoniamnist", data_dir=tmp_path, unofficial=True)
 
 
@@ -312,6 +345,12 @@ def test_a_meta_table_that_cannot_be_used_is_noted(covid_ct):
     (covid_ct / "NonCOVID-CT-MetaInfo.csv").write_text("picture,person\n9.jpg,medpix_3\n")
     notes = m.load_data(covid_ct, image_size=16).notes
     assert any(note.startswith("NonCOVID-CT-MetaInfo.csv could not be used") for note in notes)
+
+
+def test_a_damaged_meta_table_is_noted(covid_ct):
+    (covid_ct / "COVID-CT-MetaInfo.xlsx").write_bytes(b"PK\3\4 and nothing more")
+    notes = m.load_data(covid_ct, image_size=16).notes
+    assert any(note.startswith("COVID-CT-MetaInfo.xlsx could not be used") for note in notes)
 
 
 def test_without_meta_tables_the_patients_are_unknown(covid_ct):
@@ -483,7 +522,8 @@ def test_a_picture_in_train_and_test_is_an_error(phantoms):
     report = m.check_splits(planted)
     row = report.tables["duplicates"].iloc[0]
     assert (row.id, row.id_2) == (phantoms.train.ids[4], phantoms.test.ids[0])
-    with pytest.raises(ValueError, match="1 images of test are pixel for pixel in train"):
+    with pytest.raises(ValueError, match="1 images of test are pixel for pixel in train"
+                                         "(.|\n)*tables of check_splits. Mend the images"):
         report.raise_for_errors()
 
 
@@ -508,6 +548,18 @@ def test_a_picture_twice_in_one_split_is_a_warning(phantoms):
     report = m.check_splits(plant(phantoms, "train", images=images))
     assert report.errors == []
     assert report.warnings == ["1 pairs of identical images within a split."]
+
+
+def test_empty_pictures_are_no_copies_of_each_other(phantoms):
+    empty = np.full((32, 32), 7, np.uint8)
+    planted = phantoms
+    for name, part in phantoms.parts.items():
+        images = part.images.copy()
+        images[[0, np.flatnonzero(part.labels == 1)[0]]] = empty  # in each class, in each split
+        planted = plant(planted, name, images=images)
+    report = m.check_splits(planted)
+    assert report.errors == [] and "duplicates" not in report.tables
+    assert sum("2 images of" in w and "one grey value only" in w for w in report.warnings) == 3
 
 
 def test_a_patient_in_two_splits_is_an_error(phantoms):
@@ -613,7 +665,24 @@ def test_intensities_are_held_against_pre_training(phantoms):
 def test_images_scaled_to_0_1_are_noticed(phantoms):
     images = (phantoms.test.images > 127).astype(np.uint8)
     report = m.check_splits(plant(phantoms, "test", images=images))
-    assert any("test has no pixel above 1 of 255" in w for w in report.warnings)
+    assert any("test has pixels from 0 to 1 only" in w for w in report.warnings)
+
+
+def test_pictures_that_a_wide_window_flattened_are_noticed(phantoms):
+    report = m.check_splits(plant(phantoms, "test", images=phantoms.test.images // 8 + 100))
+    assert any("test has pixels from 100 to 1" in w and "too wide a window" in w
+               for w in report.warnings)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_part_of_one_grey_value_is_an_error(phantoms, value):
+    data = dataclasses.replace(phantoms, mean=(0.0,) * 3, std=(0.0,) * 3)  # as a folder has them
+    for name, part in phantoms.parts.items():
+        data = plant(data, name, images=np.full_like(part.images, value))
+    report = m.check_splits(data, method="SparK")
+    assert [error.split(":")[0] for error in report.errors] == [
+        f"{part} has one grey value only, {value}" for part in m.SPLITS]
 
 
 def test_pixels_that_are_not_finite_are_an_error(phantoms):

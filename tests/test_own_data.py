@@ -138,3 +138,20 @@ def test_a_broken_training_file_stops_before_any_run(tmp_path):
 def test_a_patient_of_the_training_images_elsewhere_is_an_error(place):
     with pytest.raises(papermill.PapermillExecutionError, match="patients in more than one split"):
         run_07(place, external_folder=str(place / "mine"))
+
+
+@pytest.mark.slow
+def test_a_class_absent_from_the_test_part_is_undefined_to_the_end(tmp_path):
+    rows = ["path,label,split"]
+    for i in range(30):
+        part, c = ("train", "train", "train", "val", "test")[i % 5], i // 5 % 3
+        path = tmp_path / "mine" / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 40), np.uint8)
+        Image.fromarray(pixels).save(path)
+        rows.append(f"{i}.png,{'abc'[c % 2 if part == 'test' else c]},{part}")
+    (tmp_path / "mine" / "list.csv").write_text("\n".join(rows))
+    said = run_07(tmp_path, patient="", window="")
+    assert "The parts are those that the folder names." in said
+    assert "untrained: AUC undefined, ACC 0." in said
+    assert "AUC went from undefined to undefined per image" in said
