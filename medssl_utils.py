@@ -2672,13 +2672,13 @@ def _check_intensity(report: SplitReport, data: DataSplits, method: str | None) 
             report.warnings.append(f"{len(plain)} images of {name} have one grey value only: "
                                    f"{', '.join(plain[:3])}.")
     mean, std = rows["train"]["mean"], rows["train"]["std"]
-    stated = {"the data set as stated": (data.mean, data.std)}
+    stated = {"data set statistics": (data.mean, data.std)}
     if method in CHECKPOINTS:
         stated[f"pre-training of {method}"] = CHECKPOINTS[method].mean, CHECKPOINTS[method].std
     for whose, statistics in stated.items() if std > 0 else ():      # 0: an error, said above
         centre, spread = np.mean(statistics[0]), np.mean(statistics[1])
         rows[whose] = {"mean": centre, "std": spread}
-        rows[f"train, normalised by {whose}"] = {"mean": (mean - centre) / spread,
+        rows[f"train, normalised with {whose}"] = {"mean": (mean - centre) / spread,
                                                  "std": std / spread}
         if abs(mean - centre) > spread:
             report.warnings.append(f"train has a mean intensity of {mean:.2f}, {whose} has "
@@ -3977,7 +3977,9 @@ def _of_a_run(path: Path) -> Iterator[None]:
     """Say which file of a run folder is not whole, and what to do."""
     try:
         yield
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, FileNotFoundError) as error:
+    except Exception as error:                                       # damaged files raise anything
+        if isinstance(error, (OSError, MemoryError)) and not isinstance(error, FileNotFoundError):
+            raise                                                    # the file itself may be whole
         raise ValueError(f"{path} is damaged ({error}). Delete the folder {path.parent.name} and "
                          "run the study again: this run is done anew.") from None
 

@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import types
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -387,6 +388,27 @@ def test_predictions_that_are_damaged_or_gone_are_named(tmp_path, content):
     path.unlink() if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=r"random_0.predictions\.npz is damaged .*Delete"):
         medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+def test_predictions_with_a_damaged_header_are_named(tmp_path):
+    path = write_run(tmp_path) / "predictions.npz"
+    with zipfile.ZipFile(path) as whole:
+        bodies = {name: whole.read(name) for name in whole.namelist()}
+    bodies["scores.npy"] = bodies["scores.npy"].replace(b"(60, 2)", b"(60, 2 ", 1)
+    with zipfile.ZipFile(path, "w") as damaged:
+        for name, body in bodies.items():
+            damaged.writestr(name, body)
+    with pytest.raises(ValueError, match=r"predictions\.npz is damaged .*Delete"):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+def test_predictions_that_may_not_be_read_are_not_called_damaged(tmp_path, monkeypatch):
+    write_run(tmp_path)
+    runs = medssl.load_runs(tmp_path)
+    monkeypatch.setattr(medssl.np, "load", lambda *a, **k: (_ for _ in ()).throw(
+        PermissionError("not yours")))
+    with pytest.raises(PermissionError, match="not yours"):
+        medssl.compare_methods(runs)
 
 
 def test_a_validation_patient_with_two_labels_stops_only_scores_that_need_a_threshold(tmp_path):
