@@ -4135,7 +4135,7 @@ def _draw_scores(
                                  f"other {what}. Run both with the same list of images.")
         values[row] = _weighted_score(metric, labels, scores, weights, threshold)
     facts = pd.DataFrame.from_dict(facts, "index", columns=["n_test", "n_rarest", "unit"])
-    levels = done.join(facts.rename_axis("test_fingerprint"), on="test_fingerprint")[index]
+    levels = done.assign(**{c: done["test_fingerprint"].map(facts[c]) for c in facts})[index]
     return pd.DataFrame(np.stack(list(values.values())), pd.MultiIndex.from_frame(levels))
 
 
