@@ -912,7 +912,8 @@ class KeyReport:
             rows += [("missing_keys", ", ".join(self.missing_keys) or "none",
                       ", ".join(README_MISSING), "classifier, not pre-trained"),
                      ("unexpected_keys", str(len(self.unexpected_keys)),
-                      f"{counts}; README: {known.readme_unexpected}", "left out, by group:")]
+                      f"{counts}; README: {known.readme_unexpected}",
+                      "left out, by group:" if self.groups else "nothing to leave out")]
         rows += [(group, str(count), "", words) for group, (count, words) in self.groups.items()]
         return pd.DataFrame(rows, columns=["keys", "found", "expected", "what it is"])
 
@@ -1996,11 +1997,12 @@ def _read_table(path: Path) -> pd.DataFrame:
         table = table.rename(columns=lambda name: name.strip().lower())
         if "patient" not in table:
             table = table.rename(columns=lambda name: re.sub("^patient[ _-]?id$", "patient", name))
-        if table.columns.has_duplicates:
-            raise ValueError(f"duplicate names among its columns, {', '.join(table)}")
     except ValueError as error:                                      # also: not UTF-8, no table
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}. Spreadsheets save one as "
                          f"'CSV UTF-8'.") from error
+    if table.columns.has_duplicates:
+        raise ValueError(f"{path} has a column twice (or in capitals, too): "
+                         f"{', '.join(table)}. Keep one.")
     if not isinstance(table.index, pd.RangeIndex):                   # pandas shifts the columns
         raise ValueError(f"{path} has rows that are longer than its first line. A {mark!r} within "
                          f"a value needs the value in quotes.")

@@ -136,7 +136,7 @@ def test_a_csv_gives_label_split_and_patient(folder, tmp_path, mark, start):
     ("path,label,split\na.png,ill,dev", "split is 'dev' in some rows"),
     ("path,label\na.png,ill\n./a.png,ill", "lists files twice"),
     ("", "columns path and label|not a CSV"),
-    ("path,Path,label\na.png,a.png,ill", "not a CSV file.*duplicate"),
+    ("path,Path,label\na.png,a.png,ill", "has a column twice .*path, path, label. Keep one"),
     ("path,label\na.png,ill, left\nb.png,well,", "longer than its first line.*quotes"),
 ])
 def test_a_csv_with_a_fault_is_named(folder, read, text, words):

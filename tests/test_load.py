@@ -372,6 +372,13 @@ def test_the_report_is_a_table_in_a_notebook(byol):
     assert html.escape(byol[1].verdict) in text
 
 
+def test_a_report_with_groups_leads_over_to_them_and_one_without_does_not(byol, stand_ins):
+    _, spark = medssl.load_backbone("SparK", folder=stand_ins, cache=False)
+    words = {r.method: list(r.to_frame()["what it is"]) for r in (byol[1], spark)}
+    assert words["BYOL"][2] == "left out, by group:" and len(words["BYOL"]) == 8
+    assert words["SparK"][2:] == ["nothing to leave out"]
+
+
 def test_the_report_shows_no_path_of_this_machine(byol, stand_ins):
     assert str(stand_ins) not in str(byol[1]) + byol[1]._repr_html_()
 
