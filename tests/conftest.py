@@ -1,0 +1,47 @@
+"""What the test files share: one thread, no network, stand-ins and phantoms made once."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+import medssl_utils as medssl
+
+torch.set_num_threads(1)  # two threads collapse where a neighbour is busy
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """Let this process connect to itself alone: no test may need the internet."""
+    connect = socket.socket.connect
+
+    def connect_locally(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in LOCAL:
+            raise OSError(f"a test asked for {address[0]}; tests need no network")
+        return connect(self, address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", connect_locally)
+        yield
+
+
+@pytest.fixture(scope="session")
+def stand_ins(tmp_path_factory) -> Path:
+    """The checkpoints folder of this session, shared by all its processes.
+
+    `load_backbone(method, folder=stand_ins)` writes a stand-in when it is first asked for, under a
+    lock, so that the planted backbone is trained once. No test may change a file in it.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # each process has a folder of its own in there
+    return folder / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def phantoms() -> medssl.DataSplits:
+    """Phantoms, few and small for speed."""
+    return medssl.demo_data(n_train=80, n_val=40, n_test=80, image_size=32)
