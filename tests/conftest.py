@@ -1,6 +1,7 @@
 """What the test files share: one thread, no network, stand-ins and phantoms made once."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import torch
 
 import medssl_utils as medssl
 
+ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # two threads collapse where a neighbour is busy
-LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +20,7 @@ def no_network():
     connect = socket.socket.connect
 
     def connect_locally(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in LOCAL:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
             raise OSError(f"a test asked for {address[0]}; tests need no network")
         return connect(self, address)
 
@@ -38,10 +39,21 @@ def stand_ins(tmp_path_factory) -> Path:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # each process has a folder of its own in there
-    return folder / "checkpoints"
+    folder = folder / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def phantoms() -> medssl.DataSplits:
     """Phantoms, few and small for speed."""
     return medssl.demo_data(n_train=80, n_val=40, n_test=80, image_size=32)
+
+
+@pytest.fixture(scope="module")
+def workbook(stand_ins, tmp_path_factory) -> Path:
+    """A copy of the notebooks in a folder of their own, where runs/ and data/ grow beside them."""
+    folder = tmp_path_factory.mktemp("workbook")
+    shutil.copytree(ROOT / "notebooks", folder / "notebooks")
+    (folder / "checkpoints").symlink_to(stand_ins)
+    return folder
