@@ -1,0 +1,33 @@
+"""Every notebook runs as committed: nbval over the seven, each reading what the others left."""
+
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+NOTEBOOKS = sorted(Path(__file__).resolve().parent.parent.glob("notebooks/*.ipynb"))
+
+
+def memory(process: psutil.Process) -> int:
+    """Bytes that a process and its children hold."""
+    total = 0
+    for member in [process, *process.children(recursive=True)]:
+        if member.is_running() and member.status() != psutil.STATUS_ZOMBIE:
+            total += member.memory_info().rss
+    return total
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_as_committed_in_the_memory_of_binder(path, workbook):
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env"]
+    command += ["-p", "no:cacheprovider", f"notebooks/{path.name}"]
+    peak = 0
+    with open(workbook / "log", "w") as log:
+        process = psutil.Popen(command, cwd=workbook, stdout=log, stderr=log)
+        while process.poll() is None:
+            peak = max(peak, memory(process))
+            psutil.wait_procs([process], timeout=0.5)
+    print(f"{path.stem}: at most {peak / 1e6:.0f} MB")
+    assert process.returncode == 0, (workbook / "log").read_text("utf-8")[-3000:]
+    assert peak < 2e9  # what Binder gives
