@@ -289,7 +289,7 @@ def test_files_shipped_with_pydicom(name):
     facts = read(Path(path), size=64)
     header = pydicom.dcmread(path)
     if header.Modality in ("RTDOSE", "SEG"):
-        assert "no picture" in facts["reason"]
+        assert "NoPicture" in facts["reason"]
     else:
         assert facts["reason"] == ""
         assert facts["pictures"][0].std() > 5
@@ -342,7 +342,7 @@ def test_what_is_no_picture_is_left_out_with_its_name(case, tmp_path):
     MASKS[case](source)
     data, namespace = prepare(source, tmp_path)
     assert sum(len(part) for part in data.parts.values()) == 24
-    assert namespace["all_left_out"]["why"].str.contains("mask|no picture").any()
+    assert namespace["all_left_out"]["why"].str.contains("mask|NoPicture").any()
     assert any("Left out" in note for note in data.notes)
 
 
@@ -387,7 +387,9 @@ def test_an_id_that_is_none_counts_as_unknown(who, tmp_path):
     assert unknown == 24 and any(who in note for note in data.notes)
 
 
-@pytest.mark.parametrize("one, two", [("001", "1"), ("1.0", "1"), ("Pat1", "PAT1"), ("p 07", "P 7")])
+@pytest.mark.parametrize(
+    "one, two", [("001", "1"), ("1.0", "1"), ("Pat1", "PAT1"), ("p 07", "P 7")]
+)
 def test_a_leak_that_spelling_hides_is_found(one, two, tmp_path):
     patients = [one, one, two, two, *[f"Q{number}" for number in range(8)]]
     splits = ["train"] * 2 + ["test"] * 2 + ["train"] * 4 + ["val"] * 2 + ["test"] * 2
@@ -623,7 +625,11 @@ def test_the_demo_shows_each_fault(tmp_path, monkeypatch):
     assert "named as a mask" in reasons and "few grey values" in reasons and "Truncated" in reasons
     assert any("ANONYMOUS" in note for note in namespace["data"].notes)
     assert "near" in set(namespace["report"].pairs["kind"])
-    for name, sizes in {"demo_images": (3, 0), "demo_elsewhere": (1, 0), "demo_new": (0, 1)}.items():
+    for name, sizes in {
+        "demo_images": (3, 0),
+        "demo_elsewhere": (1, 0),
+        "demo_new": (0, 1),
+    }.items():
         data = medssl.load_data(tmp_path / f"{name}.npz")
         filled = sum(len(part) > 0 for part in data.parts.values())
         assert (filled, int(len(data.new) > 0)) == sizes and data.demo
