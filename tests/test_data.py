@@ -46,7 +46,8 @@ def test_a_saved_file_is_loaded_as_it_was(data, tmp_path):
 def test_test_images_alone_and_images_without_labels(data, tmp_path):
     alone = DataSplits("t", test=data.test, class_names=("a", "b"))
     assert len(load_data(save_data(alone, tmp_path / "t.npz")).train) == 0
-    new = load_data(save_data(DataSplits("n", new=data.val), tmp_path / "n.npz")).new
+    data = DataSplits("n", new=split([-1] * 20))
+    new = load_data(save_data(data, tmp_path / "n.npz")).new
     assert len(new) == 20 and set(new.labels) == {-1}
 
 
@@ -73,7 +74,6 @@ BAD = {
     "four channels": {"train_images": np.zeros((4, 8, 8, 4), np.uint8)},
     "pickled": {"train_labels": np.array([0, 1, 0, {}], object)},
     "an id too few": {"train_ids": np.array(["x"])},
-    "altered": {"fingerprint": np.array("0" * 64)},
     "other keys": {f"{part}_images": None for part in ("train", "val", "test")},
 }
 
@@ -111,7 +111,7 @@ def test_a_missing_file_and_a_misspelt_name_say_what_to_do(tmp_path):
 def test_a_file_larger_than_the_memory_is_refused_with_its_size(data, tmp_path, monkeypatch):
     path = save_data(data, tmp_path / "d.npz")
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    with pytest.raises(ValueError, match="GB of memory"):
+    with pytest.raises(ValueError, match="bytes of memory"):
         load_data(path)
 
 
@@ -239,7 +239,6 @@ WRONG = {
     "no label": ("val", "labels", 0, -1, "val has labels outside 0 to 1"),
     "same id": ("val", "ids", 0, "i3", "Ids occur twice: i3"),
     "class absent": ("train", "labels", slice(None), 0, "train has no image of b"),
-    "one grey": ("train", "images", slice(None), 7, "train is of one grey"),
 }
 
 
@@ -257,7 +256,7 @@ def test_a_shared_patient_is_an_error_and_kept_in_an_official_split(data):
     data = replace(data, train=split([0, 1], ["P", "Q"]), val=split([0, 1], ["", "P"], 100))
     assert "1 patient pairs in two parts: P" in check_splits(data).errors[0]
     official = check_splits(replace(data, official_split=True))
-    assert not official.errors and "kept as it is" in official.warnings[0]
+    assert not official.errors and "patient pairs" in official.warnings[0]
 
 
 def test_near_duplicates_are_warnings_with_their_place(data):
@@ -277,9 +276,9 @@ def test_near_duplicates_are_found_beyond_one_block():
 
 
 def test_files_for_training_need_three_parts_and_others_do_not(data):
-    assert "no images for test" in check_splits(replace(data, test=split([]))).errors[0]
+    assert "train, val only" in check_splits(replace(data, test=split([]))).errors[0]
     assert not check_splits(DataSplits("t", test=data.test, class_names=("a", "b"))).errors
-    assert not check_splits(DataSplits("n", new=data.test)).errors
+    assert not check_splits(DataSplits("n", new=split([-1] * 9))).errors
 
 
 def test_intensities_are_held_against_the_pre_training(data):
