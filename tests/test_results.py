@@ -1,0 +1,341 @@
+"""Scores against scikit-learn, errors against a bootstrap, and what a comparison may say."""
+
+import json
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+import medssl_utils as medssl
+from bench import simulate_studies
+
+# One study, small for speed: phantom images, a network per method, a subset per seed.
+SETTINGS = {"version": "0.2", "dataset": "toy", "class_names": ["healthy", "ill"], "stamp": ""}
+SETTINGS |= {"dataset_fingerprint": "d", "test_fingerprint": "t", "labels_per_class": None}
+SETTINGS |= {"stand_in": "", "weights": "file", "weights_redrawn": False, "warnings": []}
+SETTINGS |= {"recipe": "recommended", "lr": 1e-3, "backbone_lr": 1e-4, "epochs": 5}
+SETTINGS |= {"environment": {"precision": "fp32"}}
+
+
+def write_run(study, method="random", seed=0, fraction=1.0, skill=0.5, n=60, **changes):
+    """Write a run folder; two classes in turn, and what is drawn of images is the same in all."""
+    labels = np.arange(n) % 2
+    image = np.random.default_rng(1).normal(size=n)
+    own = np.random.default_rng([seed, len(method), round(1000 * fraction)])
+    evidence = skill * (2 * labels - 1) + image + 0.5 * own.normal(size=n) + 0.1 * own.normal()
+    scores = np.stack([1 / (1 + np.exp(evidence)), 1 / (1 + np.exp(-evidence))], axis=1)
+    settings = {**SETTINGS, "method": method, "name": method, "seed": seed}
+    settings |= {"label_fraction": fraction, "n_train": int(100 * fraction)}
+    patients = changes.pop("patients", np.full(n, ""))
+    settings |= {"weights_fingerprint": method, "subset_fingerprint": f"{fraction} {seed}"}
+    settings |= changes
+    folder = study / f"{method}_{settings['recipe']}_{fraction}_{seed}_{settings['lr']}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings))
+    np.savez(folder / "predictions.npz", patients=patients, labels=labels, scores=scores)
+    values = medssl.score(labels, scores)
+    (folder / "metrics.json").write_text(json.dumps({**values, "val": values, "seconds": 1.0}))
+    return folder
+
+
+def write_study(study, methods=("random", "BYOL"), seeds=5, fractions=(1.0,), skill=1.0, **changes):
+    for method in methods:
+        for seed in range(seeds):
+            for fraction in fractions:
+                strength = 0.3 if method == "random" else skill
+                write_run(study, method, seed, fraction, skill=strength, **changes)
+    return medssl.load_runs(study)
+
+
+def draw(seed, classes, n=120, rounded=False):
+    rng = np.random.default_rng(seed)
+    labels = np.concatenate([np.arange(classes), rng.integers(0, classes, n - classes)])
+    scores = rng.random((n, classes)) + 0.5 * (labels[:, None] == np.arange(classes))
+    if rounded:  # many ties
+        scores = np.round(scores * 3) + 1
+    return labels, scores / scores.sum(1, keepdims=True)
+
+
+# Scores ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [2, 3, 11])
+@pytest.mark.parametrize("seed", range(20))
+def test_scores_are_scikit_learns(seed, classes):
+    labels, scores = draw(seed, classes, rounded=seed % 2)
+    answers = scores.argmax(1)
+    one = scores[:, 1] if classes == 2 else scores
+    average = "binary" if classes == 2 else "micro"
+    expected = {
+        "AUC": metrics.roc_auc_score(labels, one, multi_class="ovr"),
+        "ACC": metrics.accuracy_score(labels, answers),
+        "balanced ACC": metrics.balanced_accuracy_score(labels, answers),
+        "F1": metrics.f1_score(labels, answers, average="macro"),
+        "F1 paper": metrics.f1_score(labels, answers, average=average),
+        "Brier": metrics.brier_score_loss(labels, scores, scale_by_half=True),
+    }
+    values = medssl.score(labels, scores)
+    for name, value in expected.items():
+        assert values[name] == pytest.approx(value, abs=1e-12), name
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_a_score_that_needs_an_absent_class_is_undefined(classes):
+    labels, scores = draw(0, classes)
+    labels = np.minimum(labels, classes - 2)
+    values = medssl.score(labels, scores)
+    assert values["AUC"] is None and values["balanced ACC"] is None
+    expected = metrics.f1_score(labels, scores.argmax(1), average="macro")
+    assert values["F1"] == pytest.approx(expected, abs=1e-12)  # over the classes that occur
+
+
+def test_calibration_error_is_the_weighted_gap_of_its_bins():
+    labels, scores = draw(3, 3)
+    sure, right, gap = scores.max(1), scores.argmax(1) == labels, 0
+    for low in np.arange(15) / 15:
+        images = (sure > low) & (sure <= low + 1 / 15)
+        gap += abs(right[images].sum() - sure[images].sum()) / len(labels)
+    assert medssl.score(labels, scores)["ECE"] == pytest.approx(gap, abs=1e-12)
+
+
+# Intervals of one run --------------------------------------------------------
+
+
+def test_the_error_of_an_auc_is_delongs():
+    labels, scores = draw(5, 2, rounded=True)
+    positives, negatives = scores[labels == 1, 1], scores[labels == 0, 1]
+    wins = (positives[:, None] > negatives) + 0.5 * (positives[:, None] == negatives)
+    delong = wins.mean(1).var() / len(positives) + wins.mean(0).var() / len(negatives)
+    moves = medssl._influence(labels, scores, "AUC")[1]
+    assert (moves**2).sum() == pytest.approx(delong, rel=1e-12)
+
+
+def test_errors_agree_with_a_bootstrap():
+    ratios = simulate_studies.compare_errors(n_draws=300, n_sets=1).drop(index="ECE")
+    assert ratios.min(axis=None) > 0.9 and ratios.max(axis=None) < 1.1
+
+
+@pytest.mark.parametrize("metric", set(medssl.SCORES) - {"ECE"})
+def test_an_interval_holds_its_score_and_stays_inside_0_and_1(metric):
+    for seed in range(5):
+        labels, scores = draw(seed, 3, n=20)
+        low, high = medssl.score_interval(labels, scores, metric)
+        assert 0 <= low <= medssl.score(labels, scores)[metric] <= high <= 1
+
+
+def test_an_auc_of_exactly_1_has_the_interval_of_its_rarest_class():
+    labels = np.repeat([0, 1], [50, 8])
+    scores = np.stack([1 - labels, labels], axis=1) * 0.8 + 0.1
+    low, high = medssl.score_interval(labels, scores)
+    assert (low, high) == (pytest.approx(0.025 ** (1 / 8)), 1.0)
+
+
+@pytest.mark.parametrize("metric, defined", [("AUC", False), ("F1", False), ("ACC", True)])
+def test_a_class_with_one_image_has_no_variance(metric, defined):
+    labels, scores = draw(0, 2)
+    labels = (np.arange(len(labels)) == 7).astype(int)
+    assert (medssl.score_interval(labels, scores, metric) is not None) == defined
+    assert medssl.score_interval(labels, scores, "ECE") is None  # partly chance
+
+
+def test_images_of_one_patient_count_together_and_unknown_ones_alone():
+    labels, scores = draw(0, 2, n=60)
+    labels, scores = np.tile(labels, 4), np.tile(scores, (4, 1))
+    patients = np.tile(np.arange(60).astype(str), 4)
+    low, high = medssl.score_interval(labels, scores, patients=patients)
+    one_each = medssl.score_interval(labels[:60], scores[:60])
+    assert (low, high) == pytest.approx(one_each)
+    unknown = medssl.score_interval(labels, scores, patients=np.full(240, ""))
+    assert unknown == medssl.score_interval(labels, scores)
+
+
+STUDIES = {
+    "three seeds": {"n_seeds": 3},
+    "ten seeds": {"sd": 0.03, "n_seeds": 10, "n_test": 118},
+    "near 1, few ill": {"auc": 0.97, "better": 0.985, "shares": (193 / 203, 10 / 203)},
+    "patients": {"per_patient": 3},
+    "macro F1": {"metric": "F1", "shares": (0.5, 0.4, 0.1)},
+}
+
+
+@pytest.mark.parametrize("settings", STUDIES.values(), ids=STUDIES)
+def test_intervals_keep_their_word_in_simulated_studies(settings):
+    shares = simulate_studies.simulate(40, **settings)  # small for speed
+    assert shares["mean"] >= 87 and shares["difference"] >= 90
+    assert shares["alarm"] <= 8 and shares["any"] <= 8
+
+
+def test_runs_of_several_studies_are_read_once_each(tmp_path):
+    write_run(tmp_path / "a", seed=0)
+    (write_run(tmp_path / "b", seed=1) / "metrics.json").unlink()
+    runs = medssl.load_runs(tmp_path / "a", tmp_path / "b", tmp_path)
+    assert list(runs["status"]) == ["done", "unfinished"]
+    assert list(runs["seed"]) == [0, 1]
+
+
+@pytest.mark.parametrize("fraction, k, words", [(0.07, None, "7 %"), (1.0, 5, "5 per class")])
+def test_amounts_of_labels_are_put_into_words(tmp_path, fraction, k, words):
+    write_run(tmp_path, fraction=fraction, labels_per_class=k)
+    assert list(medssl.load_runs(tmp_path)["labels"]) == [words]
+
+
+def test_no_runs_are_an_error_that_names_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nothing-here.*notebook 05"):
+        medssl.load_runs(tmp_path / "nothing-here")
+
+
+def test_a_study_of_version_01_is_refused(tmp_path):
+    folder = write_run(tmp_path)
+    settings = {k: v for k, v in SETTINGS.items() if k != "version"}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="version 0.1"):
+        medssl.load_runs(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.json", "predictions.npz"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    runs = write_study(tmp_path)
+    path = runs["folder"].iloc[0] / name
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{name} cannot be read.*delete the folder"):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+# Comparing -------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_seed_and_corrected_by_holm(tmp_path):
+    runs = write_study(tmp_path, ("random", "BYOL", "SparK"))
+    table = medssl.compare_methods(runs).set_index("method")
+    values = {m: np.array(v) for m, v in table["values"].items()}
+    gains = values["BYOL"] - values["random"]
+    assert table.loc["BYOL", "difference"] == pytest.approx(gains.mean())
+    assert table.loc["BYOL", "difference_sd"] == pytest.approx(gains.std(ddof=1))
+    assert list(table["n_pairs"]) == [5, 5, 0]
+    least, most = sorted(table["p"].dropna())
+    assert sorted(table["p_holm"].dropna()) == pytest.approx([2 * least, max(2 * least, most)])
+
+
+def test_the_p_value_is_5_percent_where_the_interval_ends_at_zero():
+    values = np.array([0.1, 0.13, 0.02, 0.08])
+    moves = np.random.default_rng(0).normal(scale=0.003, size=(4, 90))
+    p = medssl._difference_interval(values, moves, 40, 0.95)[2]
+    low, _, _ = medssl._difference_interval(values, moves, 40, 1 - p)
+    assert low == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", [False, True])
+def test_no_interval_leaves_what_is_possible(tmp_path, loss):
+    runs = write_study(tmp_path, seeds=3, fractions=(0.1, 1.0), skill=5.0, n=8)
+    table = medssl.compare_methods(runs, loss=loss)
+    assert table["difference_low"].min() >= -1 and table["difference_high"].max() <= 1
+    assert table["low"].min() >= (-1 if loss else 0) and table["high"].max() <= 1
+
+
+def test_two_seeds_are_too_few_and_the_sentence_says_so(tmp_path):
+    table = medssl.compare_methods(write_study(tmp_path, seeds=2))
+    assert table[["low", "high", "difference_low", "p", "p_holm"]].isna().all(axis=None)
+    assert table["mean"].notna().all()
+    assert "takes 3 seeds" in medssl.describe_comparison(table)
+
+
+def test_a_fixed_network_with_all_labels_counts_once_in_a_linear_evaluation(tmp_path):
+    options = {"recipe": "linear", "subset_fingerprint": "all"}
+    for seed in range(4):
+        own = {"weights_redrawn": True, "weights_fingerprint": f"{seed}"}
+        write_run(tmp_path, "random", seed, **options, **own)
+        write_run(tmp_path, "BYOL", seed, **options)
+    table = medssl.compare_methods(medssl.load_runs(tmp_path)).set_index("method")
+    assert list(table["n"]) == [1, 4]  # BYOL, random
+    assert np.isnan(table.loc["BYOL", "low"]) and np.isfinite(table.loc["random", "low"])
+    assert table.loc["BYOL", "n_pairs"] == 4  # random networks still differ
+
+
+def test_a_loss_is_what_the_same_seed_had_with_all_labels_minus_what_it_has(tmp_path):
+    runs = write_study(tmp_path, fractions=(0.1, 1.0))
+    values = runs.pivot(index=["method", "seed"], columns="labels", values="AUC")
+    table = medssl.compare_methods(runs, loss=True).set_index("method")
+    losses = (values["100 %"] - values["10 %"]).groupby("method").mean()
+    assert table["mean"].to_dict() == pytest.approx(losses.to_dict())
+    assert list(table["labels"].unique()) == ["10 %"]
+
+
+def test_a_loss_needs_runs_with_all_labels(tmp_path):
+    with pytest.raises(ValueError, match="Nothing to subtract.*100 % of the labels"):
+        medssl.compare_methods(write_study(tmp_path, fractions=(0.1, 0.5)), loss=True)
+
+
+def test_patients_are_compared_by_their_mean_probability(tmp_path):
+    patients = np.array([f"{i % 2} {i // 6}" for i in range(60)])
+    patients[:6] = ""
+    runs = write_study(tmp_path, patients=patients)
+    table = medssl.compare_methods(runs, per="patient")
+    assert set(table["n_test"]) == {len(np.unique(patients)) - 1}
+    with pytest.raises(ValueError, match="Compare per image"):
+        medssl.compare_methods(write_study(tmp_path / "unknown"), per="patient")
+
+
+REFUSALS = {
+    "other images": ({"test_fingerprint": "other"}, "differ in test_fingerprint"),
+    "demo with real": ({"stamp": "DEMO"}, "mix DEMO, real"),
+    "other labels": ({"subset_fingerprint": "other"}, "differ in subset_fingerprint"),
+    "a setting": ({"epochs": 6}, r"differ in epochs: 5, 6.*by=\['epochs'\]"),
+    "a setting of the future": ({"sparkle": True}, "differ in sparkle"),
+    "precision": ({"environment": {"precision": "bf16"}}, "differ in used_precision"),
+    "weights of one method": ({"weights_fingerprint": "other"}, "differ in weights_fingerprint"),
+    "rates of one method": ({"lr": 0.5}, "differ in lr"),
+}
+
+
+@pytest.mark.parametrize("change, words", REFUSALS.values(), ids=REFUSALS)
+def test_unlike_runs_are_refused_with_what_differs(tmp_path, change, words):
+    write_study(tmp_path)
+    write_run(tmp_path, "random", 5)
+    write_run(tmp_path, "BYOL", 5, **change)
+    with pytest.raises(ValueError, match=words):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+def test_a_run_that_is_there_twice_is_refused(tmp_path):
+    write_study(tmp_path / "here")
+    write_run(tmp_path / "there", "BYOL", 0)
+    with pytest.raises(ValueError, match="differ in folder"):
+        medssl.compare_methods(medssl.load_runs(tmp_path))
+
+
+def test_settings_stand_side_by_side_when_asked_for(tmp_path):
+    write_study(tmp_path, lr=1e-3)
+    write_study(tmp_path, lr=1e-4)
+    table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["lr"])
+    assert list(table["lr"]) == [1e-4, 1e-4, 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize("option", ["metric", "control", "per", "by"])
+def test_a_misspelt_option_is_named(tmp_path, option):
+    with pytest.raises(ValueError, match=f"{option} 'x' is not known"):
+        medssl.compare_methods(write_study(tmp_path), **{option: "x"})
+
+
+@pytest.mark.parametrize("metric", ["AUC", "Brier"])
+def test_the_answer_names_the_better_method(tmp_path, metric):
+    runs = write_study(tmp_path, seeds=8, fractions=(0.1,), skill=3.0, n=200)
+    text = medssl.describe_comparison(medssl.compare_methods(runs, metric))
+    assert "10 % of the labels: better than random: BYOL" in text
+
+
+def test_a_demo_without_a_difference_says_both(tmp_path):
+    runs = write_study(tmp_path, skill=0.3, stamp="DEMO")
+    text = medssl.describe_comparison(medssl.compare_methods(runs))
+    assert "100 % of the labels: no difference from random shown: BYOL" in text
+    assert text.startswith("DEMO test AUC") and "tell nothing about BYOL" in text
+
+
+@pytest.mark.parametrize("rival, verdict", [(2.0, "not shown"), (0.3, "shown")])
+def test_losing_least_takes_that_all_others_lose_more(tmp_path, rival, verdict):
+    for seed in range(8):
+        for method, skill in (("SparK", 2.0), ("BYOL", rival), ("random", 0.3)):
+            write_run(tmp_path, method, seed, 0.1, skill=skill, n=300)
+            write_run(tmp_path, method, seed, 1.0, skill=2.0, n=300)
+    runs = medssl.load_runs(tmp_path)
+    text = medssl.describe_comparison(medssl.compare_methods(runs, loss=True, control="SparK"))
+    assert f"that SparK loses least of these is {verdict}." in text
