@@ -115,19 +115,6 @@ def test_a_file_larger_than_the_memory_is_refused_with_its_size(data, tmp_path, 
         load_data(path)
 
 
-def test_a_failed_save_leaves_the_old_file(data, tmp_path, monkeypatch):
-    path = save_data(data, tmp_path / "d.npz")
-    before = path.read_bytes()
-
-    def full_disk(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "savez", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        save_data(data, path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *arguments):
         pass

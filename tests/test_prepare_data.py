@@ -599,6 +599,11 @@ def test_covid_ct_as_version_0_1_read_it(tmp_path):
 def test_the_demo_shows_each_fault(tmp_path, monkeypatch):
     monkeypatch.chdir(NOTEBOOK.parent)
     namespace = execute({}, CELLS, data_dir=str(tmp_path))
+    once = namespace["data"]
+    namespace = execute(namespace, [cell for cell in CELLS for _ in range(2)][2:])
+    assert (
+        namespace["data"].fingerprint == once.fingerprint and namespace["data"].notes == once.notes
+    )
     reasons = " ".join(namespace["all_left_out"]["why"])
     assert "named as a mask" in reasons and "few grey values" in reasons and "Truncated" in reasons
     assert any("ANONYMOUS" in note for note in namespace["data"].notes)
