@@ -48,7 +48,10 @@ TO_THE_END = """
 
 @pytest.fixture(scope="module")
 def lab(workbook):
-    """JupyterLab on a copy of the notebooks; yields its address."""
+    """JupyterLab on a copy of the notebooks; yields a browser and the address."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,24 +62,16 @@ def lab(workbook):
         server = subprocess.Popen(
             command, cwd=workbook, stdout=log, stderr=log, env={**os.environ, **own}
         )
-    yield f"http://localhost:{port}/lab/tree/notebooks/{{name}}?token=test"
-    server.terminate()
-    server.wait(30)
-
-
-@pytest.fixture(scope="module")
-def browser(lab):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "window-size=1366,768"):  # a laptop
         options.add_argument(f"--{flag}")
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     SHOTS.mkdir(parents=True, exist_ok=True)
-    yield driver
+    yield driver, f"http://localhost:{port}/lab/tree/notebooks/{{name}}?token=test"
     driver.quit()
+    server.terminate()
+    server.wait(30)
 
 
 def wait_for(driver, ready, what: str, seconds: float = 60):
@@ -92,10 +87,12 @@ def wait_for(driver, ready, what: str, seconds: float = 60):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_notebook_runs_from_the_menu_and_its_widgets_follow(name, browser, lab):
+def test_a_notebook_runs_from_the_menu_and_its_widgets_follow(name, lab):
     from selenium.common.exceptions import WebDriverException
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
+
+    browser, address = lab
 
     def click(css: str, text: str = "") -> None:
         found = [item for item in browser.find_elements(By.CSS_SELECTOR, css) if text in item.text]
@@ -104,7 +101,7 @@ def test_a_notebook_runs_from_the_menu_and_its_widgets_follow(name, browser, lab
 
     for _ in range(60):  # the server may still be starting
         try:
-            browser.get(lab.format(name=name))
+            browser.get(address.format(name=name))
             break
         except WebDriverException:
             time.sleep(1)
@@ -113,12 +110,11 @@ def test_a_notebook_runs_from_the_menu_and_its_widgets_follow(name, browser, lab
     click('[data-command="runmenu:restart-and-run-all"]')
     click(".jp-Dialog .jp-mod-accept")
     wait_for(browser, lambda s: None in s["counts"] or s["status"] == "busy", f"{name} to start")
-    end = wait_for(
-        browser,
-        lambda s: s["status"] == "idle" and (s["errors"] or None not in s["counts"]),
-        f"{name} to end",
-        600,
-    )
+
+    def ended(state: dict) -> bool:
+        return state["status"] == "idle" and (state["errors"] or None not in state["counts"])
+
+    end = wait_for(browser, ended, f"{name} to end", 600)
     assert end["errors"] == []
     assert end["counts"] == list(range(1, len(end["counts"]) + 1))
     browser.execute_script(TO_THE_END)
