@@ -246,22 +246,6 @@ def test_a_shared_patient_is_an_error_and_kept_in_an_official_split(data):
     assert not official.errors and "patient pairs" in official.warnings[0]
 
 
-def test_near_duplicates_are_warnings_with_their_place(data):
-    data.test.images[4] = np.clip(data.train.images[2] * 0.9 + 9, 0, 255)
-    report = check_splits(data)
-    assert not report.errors and report.warnings == ["1 near pairs in two parts: i204 = i2."]
-    pair = report.pairs.iloc[0]
-    assert (pair["part"], pair["row"], pair["part_2"], pair["row_2"]) == ("test", 4, "train", 2)
-    assert check_splits(data, near=False).pairs.empty
-
-
-def test_near_duplicates_are_found_beyond_one_block():
-    train = split([0, 1] * 1100)
-    train.images[2190] = np.clip(train.images[3] * 0.9 + 9, 0, 255)
-    looks = medssl._look_alikes({"train": train})
-    assert list(np.flatnonzero(looks != np.arange(2200))) == [2190] and looks[2190] == 3
-
-
 def test_files_for_training_need_three_parts_and_others_do_not(data):
     assert "train, val only" in check_splits(replace(data, test=split([]))).errors[0]
     assert not check_splits(DataSplits("t", test=data.test, class_names=("a", "b"))).errors

@@ -554,10 +554,10 @@ def test_an_exact_copy_across_parts_and_one_with_two_labels_stop(tmp_path):
 def test_near_copies_are_warned_of_as_pairs(tmp_path):
     source = parts_with(tmp_path / "f", ("test/b/near.png", near(NOISE[0])))
     _, namespace = prepare(source, tmp_path)
-    pair = namespace["report"].pairs.iloc[0]
+    pair = namespace["pairs"].iloc[0]
     assert (pair["kind"], pair["where"]) == ("near", "with two labels")
     assert {pair["id"], pair["id_2"]} == {"train/a/q0.png", "test/b/near.png"}
-    assert len(namespace["report"].pairs) == 1
+    assert len(namespace["pairs"]) == 1
 
 
 def test_saturated_pictures_are_named(tmp_path):
@@ -589,7 +589,7 @@ def test_covid_ct_as_version_0_1_read_it(tmp_path):
     data, namespace = prepare(SHARED / "covid_ct", tmp_path, image_size=64)
     assert [len(part) for part in data.parts.values()] == [425, 118, 203]
     assert data.official_split and data.class_names == ("COVID", "NonCOVID")
-    pairs = namespace["report"].pairs
+    pairs = namespace["pairs"]
     twice = pairs[pairs["where"] == "with two labels"]
     names = {Path(name).name for name in [*twice["id"], *twice["id_2"]]}
     assert names == {"71%0.jpg", "71%1.jpg", "kjr-21-e24-p5-29.png", "kjr-21-e24-p5-31.png"}
@@ -607,7 +607,7 @@ def test_the_demo_shows_each_fault(tmp_path, monkeypatch):
     reasons = " ".join(namespace["all_left_out"]["why"])
     assert "named as a mask" in reasons and "few grey values" in reasons and "Truncated" in reasons
     assert any("ANONYMOUS" in note for note in namespace["data"].notes)
-    assert "near" in set(namespace["report"].pairs["kind"])
+    assert "near" in set(namespace["pairs"]["kind"])
     for name, sizes in {
         "demo_images": (3, 0),
         "demo_elsewhere": (1, 0),
