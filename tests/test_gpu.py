@@ -10,7 +10,7 @@ import medssl_utils as medssl
 
 pytestmark = pytest.mark.gpu
 DEVICE = os.environ.get("DEVICE", "cuda")
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
