@@ -6,7 +6,7 @@ Both sides get the same images, initial weights, epochs, validation and device, 
 The baseline restates in our own words what the authors' notebooks do: PNG files decoded, normalised
 and resized by workers in every epoch, NCHW float32, validation and test one image at a time, the
 loss read at each step (on a GPU with TF32 convolutions, PyTorch's default). Ours is `fine_tune` on
-the prepared file: in float32, and in bfloat16. Reading and preparing the images once is timed, and stands apart.
+the prepared file, in float32 and in bfloat16. Reading and preparing the images once is timed apart.
 """
 
 import argparse
