@@ -106,14 +106,14 @@ def simulate(
             study.append((np.array([run[0] for run in runs]), np.stack([run[1] for run in runs])))
         size = runs[0][2]
         values, moves = study[0]
-        low, high = medssl._share_interval(values[:1], moves[:1], size, 0.95)
+        low, high = medssl._share_interval(values[:1], moves[:1], size)
         row = {"run": low <= truth[0] <= high}
-        means = [medssl._share_interval(*method, size, 0.95) for method in study]
+        means = [medssl._share_interval(*method, size) for method in study]
         row["mean"] = np.mean([m[0] <= t <= m[1] for m, t in zip(means, truth, strict=True)])
         row["width"] = np.mean([high - low for low, high in means]) / 100
         gains, p = [], []
         for (others, their_moves), true in zip(study[1:], truth[1:], strict=True):
-            pair = (others - values, their_moves - moves, size, 0.95)
+            pair = (others - values, their_moves - moves, size)
             low, high, chance = medssl._difference_interval(*pair)
             gains.append(low <= true - truth[0] <= high)
             p.append(chance)
