@@ -81,8 +81,7 @@ def run_baseline(backbone, parts, config, device, workers):
     best, weights, seconds = -1.0, None, 0.0
     for epoch in range(config.epochs):
         began = time.perf_counter()
-        trainable, rate, _ = medssl.phase_of(config, epoch)
-        medssl.set_phase(model, trainable)
+        rate, _ = medssl.set_phase(model, config, epoch)
         optimizer.param_groups[0]["lr"] = rate
         for x, y in batches:
             loss = F.cross_entropy(model(x.to(device)), y.to(device))

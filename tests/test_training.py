@@ -73,15 +73,15 @@ def start_training(config, data=DATA):
 
 
 def test_paper_recipe_has_the_phases_of_the_authors_notebooks():
-    config = FineTuneConfig.named("paper")
-    phases = [medssl.phase_of(config, epoch) for epoch in (0, 9, 10, 11, 69)]
-    assert [phase[0] for phase in phases] == ["head+bn"] * 2 + ["all"] * 3
-    for rate in (1, 2):  # of the head, of the backbone
-        rates = [phase[rate] for phase in phases]
-        assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 2e-5, 2e-5])
-    model = torchvision.models.resnet50(num_classes=2)
-    medssl.set_phase(model, "head+bn")
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 53_120 + 2 * 2049
+    config, model = FineTuneConfig.named("paper"), torchvision.models.resnet50(num_classes=2)
+    phases = []
+    for epoch in (0, 9, 10, 11, 69):
+        rates = medssl.set_phase(model, config, epoch)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        phases.append((count, model.training, *rates))
+    first, whole = 53_120 + 2 * 2049, 23_508_032 + 2 * 2049  # BatchNorm's and the head's, or all
+    assert phases[:3] == [(n, True, 1e-4, 1e-4) for n in (first, first, whole)]
+    assert phases[3:] == [(whole, True, pytest.approx(2e-5), pytest.approx(2e-5))] * 2
 
 
 def check_against_plain_loop(config, optimizer, rates, trains):
@@ -167,12 +167,20 @@ def test_a_bad_setting_is_named(change, words):
 
 def test_numbers_of_other_types_name_the_same_recipe():
     changed = FineTuneConfig(lr=np.float64(1), epochs=np.int64(3))
-    assert changed == FineTuneConfig(lr=1, epochs=3) and changed.short
+    assert changed == FineTuneConfig(lr=1, epochs=3)
+
+
+def test_fewer_epochs_or_pixels_than_the_recipes_stamp_a_run_short():
+    real = dataclasses.replace(DATA, demo=False)
+    report = SimpleNamespace(**{**FACTS, "demo": False}, fingerprint="0")
+    for change, stamp in (({}, ""), ({"epochs": 49}, "SHORT"), ({"image_size": 32}, "SHORT")):
+        settings, _ = medssl.plan_run(report, real, FineTuneConfig(**change))
+        assert settings["stamp"] == stamp
 
 
 def test_zero_and_none_leave_a_setting_to_the_recipe():
     changed = FineTuneConfig.named("paper", epochs=0, image_size=0, lr=None)
-    assert changed == FineTuneConfig.named("paper", "covid_ct") and not changed.short
+    assert changed == FineTuneConfig.named("paper", "covid_ct")
     organ = FineTuneConfig.named("paper", "organsmnist")
     assert (organ.augment, organ.subset_rule) == ("none", "first")
 
