@@ -218,8 +218,8 @@ SISTER_METHODS = tuple(CHECKPOINTS)[len(METHODS) :]
 
 # Download ---------------------------------------------------------------------
 
+LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 DOWNLOAD_TIMEOUT = 60.0  # seconds of silence that end one of four attempts
-LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before PyTorch 1.6
 
 
 def download_checkpoint(method, folder="checkpoints", *, quiet=False):
@@ -276,9 +276,7 @@ def _check_file(path, folder):
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     if re.match(rb"\W*<", start):
         raise CheckpointError("it is a web page, perhaps one that asks to log in or to wait")
-    if not start.startswith((b"PK\x03\x04", LEGACY_START)):
-        raise CheckpointError(f"it is not a checkpoint: it begins with {start!r}")
-    if not start.startswith(LEGACY_START):
+    if start.startswith(b"PK\x03\x04"):
         try:
             with zipfile.ZipFile(path) as archive:
                 sizes = {record.filename: record.file_size for record in archive.infolist()}
@@ -287,8 +285,15 @@ def _check_file(path, folder):
                     raise zipfile.BadZipFile("a record is there twice, or compressed")
                 if archive.testzip():
                     raise zipfile.BadZipFile(f"CRC of the record {archive.testzip()}")
+                pickles = [archive.read(name) for name in sizes if name.endswith("/data.pkl")]
+                for name in sizes:  # each is read by its name, or another would stand in its place
+                    key = name.rpartition("/data/")[2].encode()
+                    if "/data/" in name and len(key).to_bytes(4, "little") + key not in pickles[0]:
+                        raise zipfile.BadZipFile(f"no tensor is read from the record {name}")
         except Exception as error:  # a damaged archive fails in many ways
             raise CheckpointError(f"its zip archive is truncated or damaged: {error}") from error
+    elif not start.startswith(LEGACY_START):  # that of PyTorch before 1.6 has no CRC
+        raise CheckpointError(f"it is not a checkpoint: it begins with {start!r}")
     listing = folder / "checksums.json"
     if listing.exists() and json.loads(listing.read_text()).get(path.name, sha256) != sha256:
         raise CheckpointError(
@@ -306,7 +311,7 @@ def _check_file(path, folder):
 HARMLESS = re.compile(
     r"(pytorch_lightning|lightning\w*|pl_bolts|omegaconf|torchmetrics|typing|datetime)(\.\w+)+"
     r"|torch\.(optim|nn)(\.\w+)+|torch\.torch_version\.TorchVersion|argparse\.Namespace"
-    r"|functools\.partial|copyreg\._reconstructor|pathlib\.(_local\.)?\w*Path|collections\.[A-Zd]\w+"
+    r"|collections\.[A-Zd]\w+|functools\.partial|copyreg\._reconstructor|pathlib\.(_local\.)?\w*Path"
     r"|builtins\.(bool|int|float|str|bytes|list|tuple|dict|frozenset|slice|range|object|Ellipsis)"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtypes\.\w+|dtype|ndarray|\w+\d+|\w+_)"
 )
@@ -330,7 +335,7 @@ def _open_checkpoint(path, wrapper):
     Tensors and plain values are built; nothing of the file runs.
     """
     names = []
-    with contextlib.suppress(Exception):  # of a legacy file, or of one that is refused below
+    with contextlib.suppress(Exception):  # of a file that is refused below
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     inert = []
     for name in names:
@@ -341,11 +346,13 @@ def _open_checkpoint(path, wrapper):
     try:
         with torch.serialization.safe_globals(inert):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except pickle.UnpicklingError as error:  # whose text advises to switch the protection off
-        reason = "its pickle is damaged, or does what no weight file's does"
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
+    except Exception as error:
+        reason = str(error)
+        foreign = re.search(r"GLOBAL (\S+)", reason)
         if foreign:
             reason = f"it holds {foreign[1]}, which could run code. Of a module, save state_dict()"
+        elif "weights_only" in reason:  # the advice to switch the protection off
+            reason = "its pickle is damaged, or does what no weight file's does"
         raise CheckpointError(reason) from error
     items = {}
     while isinstance(content, dict):
@@ -455,10 +462,9 @@ class KeyReport:
         """The unexpected keys by what they are: start of the key -> (number, meaning)."""
         counts = Counter()
         for key in self.unexpected_keys:
-            bare = key.removeprefix("module.")
-            starts = [start for start in GROUPS if bare.startswith(start)]
-            starts.append(bare.split(".")[0])
-            counts[starts[0]] += 1
+            key = key.removeprefix("module.")
+            starts = [start for start in GROUPS if key.startswith(start) or f".{start}" in key]
+            counts[starts[0] if starts else key.split(".")[0]] += 1
         return {group: (n, GROUPS.get(group, "not known")) for group, n in counts.items()}
 
     @property
@@ -816,10 +822,7 @@ def _read_prepared(path):
             if key in arrays:
                 facts[key] = kind(arrays[key].tolist())
     except Exception as error:  # a damaged file raises anything
-        raise ValueError(
-            f"{path} can't be used: {error}. Expected train_images (N, H, W) or (N, H, W, 3), "
-            "uint8, train_labels (N,) of whole numbers, the same for val and test, or new_images."
-        ) from error
+        raise ValueError(f"{path} is no prepared file (see notebook 03): {error}") from error
     return DataSplits(path.stem, **splits, **facts)
 
 
@@ -888,7 +891,7 @@ def label_subset(split, label_fraction=1.0, *, labels_per_class=None, seed=0, ru
     wanted = before + counts / 2 <= label_fraction * counts.sum()
     if labels_per_class is not None:
         most = counts.sum().min()
-        if not 1 <= labels_per_class <= most:
+        if labels_per_class not in range(1, most + 1):
             raise ValueError(f"labels_per_class {labels_per_class}: expected 1 to {most}.")
         wanted = before < labels_per_class
     wanted = (wanted | (before == 0)) & (counts > 0)  # the first patient of each class, always
@@ -1377,9 +1380,8 @@ def plan_run(report, data, config, *, label_fraction=1.0, labels_per_class=None,
         dict of settings; indices (n,) of the labelled subset of data.train.
     """
     recipe = FineTuneConfig.named(config.recipe)
-    kind = ""  # a real, full run
-    if config.epochs < recipe.epochs or config.image_size < recipe.image_size:
-        kind = "SHORT"
+    short = config.epochs < recipe.epochs or config.image_size < recipe.image_size
+    kind = "SHORT" if short else ""
     if report.demo or data.demo or config.recipe == "demo":
         kind = "DEMO"
     amount = {"label_fraction": _typed("label_fraction", label_fraction, 1.0)}
@@ -1470,10 +1472,7 @@ def _train(net, train, val, config, preprocessing, seed, resume, on_epoch):
         )
         for step in (~losses.isfinite()).nonzero().flatten():
             names = _few(train.ids[batches[step].cpu()])
-            raise TrainingError(
-                f"Epoch {epoch}: the loss is not finite on the images {names}. Look at them, or "
-                f"lower lr (now {config.lr})."
-            )
+            raise TrainingError(f"Epoch {epoch}: loss not finite on {names}. Look, or lower lr.")
         scores, _ = evaluate(net, val, preprocessing, precision)
         row = {f"val_{name}": value for name, value in scores.items()}
         history.append({"epoch": epoch, "train_loss": losses.mean().item(), **row})
@@ -1597,12 +1596,9 @@ def fine_tune(
         for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
             leftover.unlink()
         began = time.perf_counter()
-        settings["used_precision"] = pick_precision(config, where)
-        facts = {
-            "environment": f"torch {torch.__version__} on {where}",
-            "warnings": checks.warnings,
-        }
-        _write_json(folder / "config.json", settings | facts)
+        settings |= {"used_precision": pick_precision(config, where), "warnings": checks.warnings}
+        settings["environment"] = f"torch {torch.__version__} on {where}"
+        _write_json(folder / "config.json", settings)
 
         net = add_head(model, len(data.class_names), settings["seed"])
         net = net.to(where, memory_format=torch.channels_last)
@@ -1617,19 +1613,18 @@ def fine_tune(
                 net, train, data.val, config, prepare, settings["seed"], last, on_epoch
             )
 
-        results, predictions = {}, {}
-        for part, prefix in (("test", ""), ("val", "val_")):
-            split = inputs.parts[part]
-            results[part], predictions[f"{prefix}scores"] = evaluate(tested, split, prepare)
-            for column in ("ids", "patients", "labels"):
-                predictions[prefix + column] = getattr(split, column)
+        metrics, test_scores = evaluate(tested, inputs.test, prepare)
+        metrics["val"], val_scores = evaluate(tested, inputs.val, prepare)
+        metrics["best_epoch"] = _best_epoch(history, config.select_by)
+        predictions = {"scores": test_scores, "val_scores": val_scores}
+        for column in ("ids", "patients", "labels"):
+            predictions[column] = getattr(data.test, column)
+            predictions[f"val_{column}"] = getattr(data.val, column)
         with _atomic(folder / "predictions.npz") as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **predictions)
         pd.DataFrame(history).to_csv(folder / "history.csv", index=False, float_format="%.7g")
         if keep_best:
             _save_tensors(net.state_dict(), folder / "best.safetensors")
-        metrics = {**results["test"], "val": results["val"]}
-        metrics["best_epoch"] = _best_epoch(history, config.select_by)
         metrics["seconds"] = time.perf_counter() - began
         _write_json(folder / "metrics.json", metrics)  # last: it alone means done
         (folder / "last.pt").unlink(missing_ok=True)
@@ -2018,18 +2013,15 @@ def describe_comparison(table):
     others = table.query("method != @control")
     for _, row in others.iterrows():
         where = ", ".join(row[["dataset", *facts["by"], "labels"]].astype(str))
+        where = where.replace(" %", " % of the labels")
         gain, low, high = row[["difference", "difference_low", "difference_high"]]
         answer = f"no difference from {control} shown"
         if np.isnan(low):
-            answer = (
-                f"no interval, which takes {MIN_SEEDS} seeds, images of each class, other scores"
-            )
+            answer = f"no interval, for want of {MIN_SEEDS} seeds, images or unequal scores"
         elif row["p_holm"] < 2 * TAIL:
             answer = f"higher than {control}" if gain > 0 else f"lower than {control}"
         numbers = f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]".replace(" [+nan, +nan]", "")
-        lines.append(
-            f"- {where}: {row['name']} {answer}: {numbers}".replace("%:", "% of the labels:")
-        )
+        lines.append(f"- {where}: {row['name']} {answer}: {numbers}")
     lines.append(
         f"Brackets: 95 % intervals for new seeds and new test images, each by itself. Higher or "
         f"lower: p < 0.05 after Holm's correction for {others['p'].count()} comparisons. What is "
