@@ -287,7 +287,7 @@ def use_up_memory(*_):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        (spoil, "Epoch 0: the loss is not finite.*train-patient.*lower lr"),
+        (spoil, "Epoch 0: loss not finite on train-patient.*lower lr"),
         (use_up_memory, r"Lower batch_size \(8\) or image_size \(32\)"),
     ],
 )
