@@ -2,18 +2,17 @@
 
     python bench/simulate_studies.py [--studies 500] [--draws 2000]
 
-First table: the standard error of each score beside a bootstrap over patients or images.
-Second table: whole studies are simulated, so that the truth is known. A study has six methods, a
-control among them; four are equal to it, one is better. A test image has a difficulty that all
-methods share, one that all seeds of a method share, and one of its own in each run. A seed moves
-all methods alike (the labelled images) and each alone (head and order). Nothing is trained, the
-inference is the module's own. Shares in percent, nominal 95 and 5:
-    run, mean, difference   95 % intervals that hold the truth, of one run, of a method's mean and
-                            of a difference to the control
-    alarm                   differences without one in truth that have p < 0.05, before correction
-    any                     studies with an alarm among the four equal methods, after Holm's
-    power                   studies that show the better method, after Holm's correction
-    width                   mean width of the interval of a method's mean
+First the standard error of each score beside a bootstrap over patients or images. Then whole
+studies are simulated, so that the truth is known. A study has six methods, a control among them;
+four are equal to it, one is better. A test image has a difficulty that all methods share, one that
+all seeds of a method share, and one of its own in each run. A seed moves all methods alike (the
+labelled images) and each alone (head and order). Nothing is trained. In percent, nominal 95 and 5:
+    mean, difference  95 % intervals that hold the truth, of a method's mean and of a difference
+    run               the same of one run, whose truth is that network's own
+    alarm             differences without one in truth that have p < 0.05, before correction
+    any               studies with an alarm among the four equal methods, after Holm's
+    power             studies that show the better method, after Holm's correction
+    width             mean width of the interval of a method's mean
 """
 
 import argparse
@@ -97,17 +96,21 @@ def simulate(
     aucs = np.array([auc] * (METHODS - 1) + [better])
     shifts = norm.ppf(aucs) * np.sqrt(1 + spread**2)
     truth = find_truth(rng, metric, labels, shifts, spread)
+    true_run = find_truth(rng, metric, labels, shifts[:1], 0.0)[0]
+    owners = np.unique(patients, return_inverse=True)[1]
+    size = medssl._measure(labels, np.eye(labels.max() + 1)[labels], patients, metric)[2]
     rows = []
     for _ in range(n_studies):
         scores = draw_scores(rng, labels, patients, shifts, n_seeds, spread)
         study = []
         for method in scores:
-            runs = [medssl._measure(labels, run, patients, metric) for run in method]
-            study.append((np.array([run[0] for run in runs]), np.stack([run[1] for run in runs])))
-        size = runs[0][2]
+            runs = [medssl._influence(labels, run, metric) for run in method]
+            moves = np.stack([np.bincount(owners, weights=run[1]) for run in runs])
+            study.append((np.array([run[0] for run in runs]), moves))
         values, moves = study[0]
-        low, high = medssl._share_interval(values[:1], moves[:1], size)
-        row = {"run": low <= truth[0] <= high}
+        run = draw_scores(rng, labels, patients, shifts[:1], 1, 0.0)[0, 0]
+        low, high = medssl.score_interval(labels, run, metric, patients=patients)
+        row = {"run": low <= true_run <= high}
         means = [medssl._share_interval(*method, size) for method in study]
         row["mean"] = np.mean([m[0] <= t <= m[1] for m, t in zip(means, truth, strict=True)])
         row["width"] = np.mean([high - low for low, high in means]) / 100
@@ -140,7 +143,7 @@ def compare_errors(n_draws: int, n_sets: int = 5) -> pd.DataFrame:
         members = pd.Series(range(len(labels))).groupby(patients).agg(list).to_list()
         found = []
         for _ in range(n_sets):
-            scores = draw_scores(rng, labels, patients, np.array([1.0]), 1, 0.0)[0, 0]
+            scores = draw_scores(rng, labels, patients, np.ones(1), 1, 0.0)[0, 0]
             value, moves, size = medssl._measure(labels, scores, patients, metric)
             error = medssl._spread(np.array([value]), moves[None], size)[0]
             draws = []
@@ -182,8 +185,10 @@ def main() -> None:
     print("Standard error by influence values / by bootstrap")
     print(compare_errors(options.draws).to_string(), flush=True)
     print("\nCoverage, false alarms and power in percent", flush=True)
-    lines = {name: simulate(options.studies, **facts) for name, facts in list_studies().items()}
-    print(pd.DataFrame(lines).T.round(3).to_string())
+    for name, facts in list_studies().items():
+        line = simulate(options.studies, **facts)
+        numbers = [f"{column} {value:.3g}" for column, value in line.items()]
+        print(f"{name}: {', '.join(numbers)}", flush=True)
     print(f"\n{options.studies} studies a line, {time.perf_counter() - began:.0f} s")
 
 
