@@ -42,8 +42,8 @@ def make_test_set(n_test, shares, per_patient):
 def draw_scores(rng, labels, patients, shifts, n_seeds, spread):
     """Draw the probabilities of one study, (M, n, N, C).
 
-    `shifts` (M,) is by how much the evidence for an image's own class exceeds the others', and
-    `spread` its standard deviation between seeds.
+    Args:
+        shifts: (M,) evidence for an image's own class; spread: its sd between seeds.
     """
     n_images, n_classes, n_methods = len(labels), labels.max() + 1, len(shifts)
     owners = np.unique(patients, return_inverse=True)[1]
@@ -70,11 +70,8 @@ def find_truth(rng, metric, labels, shifts, spread):
     labels, alone = np.repeat(labels, 24), np.arange(24 * len(labels))
     means = {}
     for shift in set(shifts):
-        values = []
-        for _ in range(300):
-            scores = draw_scores(rng, labels, alone, np.array([shift]), 1, spread)[0, 0]
-            values.append(medssl._influence(labels, scores, metric)[0])
-        means[shift] = np.mean(values)
+        runs = [draw_scores(rng, labels, alone, np.array([shift]), 1, spread) for _ in range(300)]
+        means[shift] = np.mean([medssl._influence(labels, run[0, 0], metric)[0] for run in runs])
     return np.array([means[shift] for shift in shifts])
 
 
@@ -163,8 +160,8 @@ def list_studies() -> dict[str, dict]:
         facts = {"sd": sd, "n_seeds": n_seeds, "n_test": n_test}
         studies[f"sd {sd}, {n_seeds} seeds, {n_test} images"] = facts
     for ill, auc, n_seeds in itertools.product((101.5, 16, 10), (0.9, 0.97, 0.99), (3, 5)):
-        facts = {"auc": auc, "better": (1 + auc) / 2, "n_seeds": n_seeds}
-        facts["shares"] = (1 - ill / 203, ill / 203)
+        shares = (1 - ill / 203, ill / 203)
+        facts = {"auc": auc, "better": (1 + auc) / 2, "shares": shares, "n_seeds": n_seeds}
         studies[f"AUC {auc}, {ill:g} of 203 ill, {n_seeds} seeds"] = facts
     for auc in (0.8, 0.97):
         facts = {"auc": auc, "better": auc + (1 - auc) / 4, "per_patient": 3}
@@ -186,9 +183,7 @@ def main() -> None:
     print(compare_errors(options.draws).to_string(), flush=True)
     print("\nCoverage, false alarms and power in percent", flush=True)
     for name, facts in list_studies().items():
-        line = simulate(options.studies, **facts)
-        numbers = [f"{column} {value:.3g}" for column, value in line.items()]
-        print(f"{name}: {', '.join(numbers)}", flush=True)
+        print(f"{name}: {simulate(options.studies, **facts).round(3).to_dict()}", flush=True)
     print(f"\n{options.studies} studies a line, {time.perf_counter() - began:.0f} s")
 
 
