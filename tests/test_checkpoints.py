@@ -338,10 +338,6 @@ def test_its_prefix_chooses_one_of_two_networks(files, monkeypatch):
     entry = medssl.Checkpoint(path=str(files["BYOL"]), prefix="online_network.encoder.")
     monkeypatch.setitem(medssl.CHECKPOINTS, "mine", entry)
     assert medssl.load_backbone("mine")[1].loaded == 318
-    entry = medssl.Checkpoint(path=str(files["BYOL"]), prefix="elsewhere.")
-    monkeypatch.setitem(medssl.CHECKPOINTS, "mine", entry)
-    with pytest.raises(medssl.CheckpointError, match="318"):
-        medssl.load_backbone("mine")
 
 
 def test_an_exported_backbone_loads_here_and_in_plain_torchvision(files, tmp_path):
