@@ -10,11 +10,14 @@ NOTEBOOKS = sorted(Path(__file__).resolve().parent.parent.glob("notebooks/*.ipyn
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes that a process and its children hold."""
+    """Bytes that a process and its children hold, shared ones counted once (pss; Linux alone)."""
     total = 0
     for member in [process, *process.children(recursive=True)]:
-        if member.is_running() and member.status() != psutil.STATUS_ZOMBIE:
-            total += member.memory_info().rss
+        try:
+            held = member.memory_full_info()
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue  # ended meanwhile
+        total += getattr(held, "pss", held.uss)
     return total
 
 
