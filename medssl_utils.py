@@ -25,7 +25,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import platform
 import random
 import re
@@ -279,17 +278,7 @@ def _check_file(path, folder):
     if start.startswith(b"PK\x03\x04"):
         try:
             with zipfile.ZipFile(path) as archive:
-                sizes = {record.filename: record.file_size for record in archive.infolist()}
-                twice = len(sizes) < len(archive.infolist())
-                if twice or sum(sizes.values()) > path.stat().st_size:
-                    raise zipfile.BadZipFile("a record is there twice, or compressed")
-                if archive.testzip():
-                    raise zipfile.BadZipFile(f"CRC of the record {archive.testzip()}")
-                pickles = [archive.read(name) for name in sizes if name.endswith("/data.pkl")]
-                for name in sizes:  # each is read by its name, or another would stand in its place
-                    key = name.rpartition("/data/")[2].encode()
-                    if "/data/" in name and len(key).to_bytes(4, "little") + key not in pickles[0]:
-                        raise zipfile.BadZipFile(f"no tensor is read from the record {name}")
+                _check_records(archive, path.stat().st_size)
         except Exception as error:  # a damaged archive fails in many ways
             raise CheckpointError(f"its zip archive is truncated or damaged: {error}") from error
     elif not start.startswith(LEGACY_START):  # that of PyTorch before 1.6 has no CRC
@@ -303,6 +292,23 @@ def _check_file(path, folder):
     return sha256
 
 
+def _check_records(archive, size):
+    """Raise BadZipFile unless each record of an open archive is whole, and read by its own name."""
+    sizes = {record.filename: record.file_size for record in archive.infolist()}
+    if len(sizes) < len(archive.infolist()) or sum(sizes.values()) > size:
+        raise zipfile.BadZipFile("a record is there twice, or compressed")
+    damaged = archive.testzip()
+    if damaged:
+        raise zipfile.BadZipFile(f"CRC of the record {damaged}")
+    pickles = {name: archive.read(name) for name in sizes if name.endswith("/data.pkl")}
+    for name in sizes:
+        root, folder, key = name.rpartition("/data/")
+        key = key.encode()
+        text = len(key).to_bytes(4, "little") + key  # as the pickle writes it
+        if folder and text not in pickles[f"{root}/data.pkl"]:
+            raise zipfile.BadZipFile(f"no tensor is read from the record {name}")
+
+
 # Open -------------------------------------------------------------------------
 
 # A checkpoint is a pickle, which can run code when it is opened. PyTorch's `weights_only` loader
@@ -311,7 +317,8 @@ def _check_file(path, folder):
 HARMLESS = re.compile(
     r"(pytorch_lightning|lightning\w*|pl_bolts|omegaconf|torchmetrics|typing|datetime)(\.\w+)+"
     r"|torch\.(optim|nn)(\.\w+)+|torch\.torch_version\.TorchVersion|argparse\.Namespace"
-    r"|collections\.[A-Zd]\w+|functools\.partial|copyreg\._reconstructor|pathlib\.(_local\.)?\w*Path"
+    r"|collections\.[A-Zd]\w+|functools\.partial|copyreg\._reconstructor"
+    r"|pathlib\.(_local\.)?\w*Path"
     r"|builtins\.(bool|int|float|str|bytes|list|tuple|dict|frozenset|slice|range|object|Ellipsis)"
     r"|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtypes\.\w+|dtype|ndarray|\w+\d+|\w+_)"
 )
@@ -396,8 +403,9 @@ def _recognise(entries, items, own_prefix):
     return method, prefix, backbones.get(prefix, {})
 
 
-def _check_backbone(own, notes):
+def _check_backbone(own, entries, notes):
     """Return the 318 tensors of a ResNet50: right names, shapes, dtypes, numbers of their own."""
+    places = Counter(value.data_ptr() for value in entries.values() if torch.is_tensor(value))
     with torch.device("meta"):  # names, shapes and types, without memory
         layout = _new_resnet50().state_dict()
     missing = [name for name in layout if name not in own]
@@ -417,7 +425,10 @@ def _check_backbone(own, notes):
             raise CheckpointError(f"{name} is {kind}, not {(blank.shape, blank.dtype)}")
         tensor = torch.detach(tensor).resolve_neg()  # without attributes that a file may have set
         dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-        if not dense or tensor.untyped_storage().nbytes() != tensor.nbytes:
+        alone = (
+            places[tensor.data_ptr()] <= 1 and tensor.untyped_storage().nbytes() == tensor.nbytes
+        )
+        if not dense or not alone:
             raise CheckpointError(f"{name} has no numbers of its own (stride or storage)")
         low, high = torch.aminmax(tensor)
         zero = tensor.dim() == 4 and low == high == 0
@@ -425,9 +436,6 @@ def _check_backbone(own, notes):
         if zero or negative or not math.isfinite(high - low):
             raise CheckpointError(f"{name} has numbers from {low:g} to {high:g}: not trained")
         tensors[name] = tensor
-    places = {tensor.data_ptr() for tensor in tensors.values()}
-    if len(places) < len(tensors):
-        raise CheckpointError("two of its backbone tensors share one storage")
     return tensors
 
 
@@ -541,7 +549,8 @@ def load_backbone(method=None, path=None, *, weights="stand-in", folder="checkpo
         model = _new_resnet50()
     model.load_state_dict(tensors, strict=True, assign=True)
     demo = demo or report.demo or bool(report.stand_in)
-    return model.eval(), replace(report, fingerprint=_fingerprint(tensors), demo=demo)
+    fingerprint = report.fingerprint or _fingerprint(tensors)  # an export's is known
+    return model.eval(), replace(report, fingerprint=fingerprint, demo=demo)
 
 
 def _locate(method, weights, folder):
@@ -590,7 +599,7 @@ def _load_checkpoint(method, path, origin):
                 f"{evident} one under {prefix!r}: ask for that, or add an entry to CHECKPOINTS"
             )
         notes.append("nothing but the request says that this ResNet50 is SparK's")
-    tensors = _check_backbone(own, notes)
+    tensors = _check_backbone(own, entries, notes)
     if layout and (prefix != layout.prefixes[0] or len(rest) not in layout.unexpected):
         notes.append(f"backbone under {prefix!r}, {len(rest)} keys beside it: unlike the published")
     stand_in = str(items.get(STAND_IN_MARK, ""))
@@ -881,6 +890,8 @@ def label_subset(split, label_fraction=1.0, *, labels_per_class=None, seed=0, ru
     order = list(range(n))
     if rule == "authors":
         random.Random(seed).shuffle(order)
+    if rule != "stratified" and labels_per_class is not None:
+        raise ValueError(f"The subset rule {rule!r} takes a fraction, not labels_per_class.")
     if rule != "stratified":
         return np.sort(order[: int(n * label_fraction)])
     names = np.where(split.patients == "", split.ids, np.char.add("patient ", split.patients))
@@ -1099,6 +1110,8 @@ class FineTuneConfig:
             else:
                 value = _typed(setting.name, value, setting.default)
                 object.__setattr__(self, setting.name, value)
+        if self.batch_size < 2 or 0 in (self.epochs, self.image_size, self.lr):
+            raise ValueError(f"batch_size takes 2 or more, epochs, image_size and lr no 0: {self}.")
 
     @classmethod
     def named(cls, recipe, dataset="", **changes):
@@ -1583,7 +1596,8 @@ def fine_tune(
     config = config or FineTuneConfig()
     where = pick_device(device)
     checks = check_splits(data)
-    checks.raise_for_errors()
+    if checks.errors:
+        raise ValueError(f"Not fit for training. {checks}")
     if _fingerprint(model.state_dict()) != report.fingerprint:
         raise ValueError("The report is of another model. Load both with `load_backbone`.")
     settings, subset = plan_run(report, data, config, **amount)
@@ -2045,9 +2059,11 @@ BUSY_SECONDS = 2.0  # between two looks at a run that another process is writing
 _one_at_a_time = threading.Lock()  # two runs at once in a process would share its random state
 
 
-# Data and network of neighbouring cells are loaded once; files may have changed since the last study
-_load_data_once = functools.lru_cache(maxsize=1)(load_data)
-_load_backbone_once = functools.lru_cache(maxsize=1)(load_backbone)
+# Neighbouring cells share data and network; `moment` tells a study from one on older files
+_load_data_once = functools.lru_cache(maxsize=1)(lambda moment, **options: load_data(**options))
+_load_backbone_once = functools.lru_cache(maxsize=1)(
+    lambda moment, **options: load_backbone(**options)
+)
 
 
 def _study_cells(grid, fixed):
@@ -2058,7 +2074,7 @@ def _study_cells(grid, fixed):
     for name, values in grid.items():
         if isinstance(values, str) or not isinstance(values, Sequence) or name in fixed:
             raise ValueError(f"{name} is {values!r}; give a list, in the grid alone: [{values!r}].")
-    cells = []
+    cells, moment = [], time.time_ns()
     for values in itertools.product(*grid.values()):
         changes = {**defaults, **fixed, **dict(zip(grid, values, strict=True))}
         cell = {**changes, "status": "to do", "seconds": math.nan, "error": ""}
@@ -2070,17 +2086,15 @@ def _study_cells(grid, fixed):
         check_choice(cell["weights"], SOURCES, "weights")
         cell["config"] = FineTuneConfig.named(cell["recipe"], cell["dataset"], **changes)
         cell["data"] = {name: cell[name] for name in ("dataset", "data_dir")}
-        cell["data"]["image_size"] = cell["config"].image_size
+        cell["data"] |= {"image_size": cell["config"].image_size, "moment": moment}
         cell["backbone"] = {name: cell[name] for name in ("method", "weights", "seed")}
-        cell["backbone"]["folder"] = cell["checkpoints_dir"]
+        cell["backbone"] |= {"folder": cell["checkpoints_dir"], "moment": moment}
         cells.append(cell)
     return sorted(cells, key=lambda cell: (cell["seed"], cell["method"]))  # a network's together
 
 
 def _find_results(cells):
     """Note in each cell whether its run is done; ValueError for data or labels not to be had."""
-    _load_data_once.cache_clear()
-    _load_backbone_once.cache_clear()
     for cell in cells:
         labels = {name: cell[name] for name in LABELS}
         data = _load_data_once(**cell["data"])
@@ -2126,8 +2140,6 @@ def _run_cells(cells, here, checkpoints):
     """Run cells in this process; return what went wrong with each, "" for nothing."""
     os.chdir(here)  # a worker may have started elsewhere
     CHECKPOINTS.update(checkpoints)  # with the user's own
-    _load_data_once.cache_clear()
-    _load_backbone_once.cache_clear()
     waiting = list(cells)
     for cell in waiting:
         options = {name: cell[name] for name in (*LABELS, *RUN)}
@@ -2315,7 +2327,7 @@ def _planted_state(folder):
 
     start = load_backbone("random", seed=600)  # no control of a study starts there
     config = FineTuneConfig.named("demo", epochs=3)
-    options = {"study": "planted", "runs_dir": folder, "device": "cpu", "on_epoch": len}
+    options = {"study": "planted", "runs_dir": folder, "on_epoch": len, "seed": 600}
     with _locked(folder / ".planted.lock"):
         run = fine_tune(*start, demo_data(600, n_train=600), config, **options)
     state = load_file(run.folder / "best.safetensors")

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import medssl_utils as medssl
 from medssl_utils import DataSplits, Split, check_splits, label_subset, load_data, save_data
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (2400, 8, 8)).astype(np.uint8)
@@ -81,7 +80,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_a_file_that_is_none_is_refused_with_its_name(case, tmp_path):
     np.savez(tmp_path / "bad.npz", **arrays(**BAD[case]))
-    with pytest.raises(ValueError, match="bad.npz can't be used"):
+    with pytest.raises(ValueError, match="bad.npz is no prepared file"):
         load_data(tmp_path / "bad.npz")
 
 
@@ -89,7 +88,7 @@ def test_a_damaged_file_is_refused(data, tmp_path):
     path = save_data(data, tmp_path / "d.npz")
     whole = bytearray(path.read_bytes())
     path.write_bytes(whole[:3000])
-    with pytest.raises(ValueError, match="can't be used"):
+    with pytest.raises(ValueError, match="is no prepared file"):
         load_data(path)
     whole[2000] ^= 1  # a bit of a pixel
     path.write_bytes(whole)
