@@ -403,9 +403,9 @@ def _recognise(entries, items, own_prefix):
     return method, prefix, backbones.get(prefix, {})
 
 
-def _check_backbone(own, entries, notes):
+def _check_backbone(own, notes):
     """Return the 318 tensors of a ResNet50: right names, shapes, dtypes, numbers of their own."""
-    places = Counter(value.data_ptr() for value in entries.values() if torch.is_tensor(value))
+    places = Counter(value.data_ptr() for value in own.values() if torch.is_tensor(value))
     with torch.device("meta"):  # names, shapes and types, without memory
         layout = _new_resnet50().state_dict()
     missing = [name for name in layout if name not in own]
@@ -425,10 +425,8 @@ def _check_backbone(own, entries, notes):
             raise CheckpointError(f"{name} is {kind}, not {(blank.shape, blank.dtype)}")
         tensor = torch.detach(tensor).resolve_neg()  # without attributes that a file may have set
         dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
-        alone = (
-            places[tensor.data_ptr()] <= 1 and tensor.untyped_storage().nbytes() == tensor.nbytes
-        )
-        if not dense or not alone:
+        whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+        if not dense or not whole or places[tensor.data_ptr()] > 1:
             raise CheckpointError(f"{name} has no numbers of its own (stride or storage)")
         low, high = torch.aminmax(tensor)
         zero = tensor.dim() == 4 and low == high == 0
@@ -599,7 +597,7 @@ def _load_checkpoint(method, path, origin):
                 f"{evident} one under {prefix!r}: ask for that, or add an entry to CHECKPOINTS"
             )
         notes.append("nothing but the request says that this ResNet50 is SparK's")
-    tensors = _check_backbone(own, entries, notes)
+    tensors = _check_backbone(own, notes)
     if layout and (prefix != layout.prefixes[0] or len(rest) not in layout.unexpected):
         notes.append(f"backbone under {prefix!r}, {len(rest)} keys beside it: unlike the published")
     stand_in = str(items.get(STAND_IN_MARK, ""))
@@ -1764,7 +1762,7 @@ def _measure(labels, scores, patients, metric):
     """
     check_choice(metric, SCORES, "metric")
     units = pd.Series(patients, range(len(labels)), dtype=object)
-    units = units.where(units != "", units.index).factorize()[0]
+    units = units.where(units != "", units.index.to_numpy()).factorize()[0]
     value, moves = _influence(labels, scores, metric)
     moves = np.bincount(units, moves)
     size = pd.Series(units).groupby(labels).nunique().min()
