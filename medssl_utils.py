@@ -610,9 +610,9 @@ def _load_checkpoint(method, path, origin):
     elif origin == "file" and not entry.path:
         notes.append(f"mean and std are assumed to be those of the published {method} file")
     listing = path.with_name("checksums.json")
-    if origin == "published" and os.access(path.parent, os.W_OK):  # trust on first use
-        entries = json.loads(listing.read_text()) if listing.exists() else {}
-        _write_json(listing, entries | {path.name: sha256})
+    recorded = json.loads(listing.read_text()) if listing.exists() else {}
+    if origin == "published" and path.name not in recorded and os.access(path.parent, os.W_OK):
+        _write_json(listing, recorded | {path.name: sha256})  # trust on first use
     facts = {"mean": entry.mean, "std": entry.std, "notes": tuple(notes), "stand_in": stand_in}
     return tensors, KeyReport(method, origin, path.name, sha256, rest, **facts)
 
@@ -1883,10 +1883,8 @@ def load_runs(*folders):
             row["labels"] = f"{row['labels_per_class']} per class"
         rows.append(row)
     if not rows:
-        raise FileNotFoundError(
-            f"No finished runs in {_few(folders)}. Give the folder of a study, such as "
-            "../runs/study, or run one first (notebook 05)."
-        )
+        places = ", ".join(str(folder) for folder in folders)
+        raise FileNotFoundError(f"No finished runs in {places}: run a study first (notebook 05).")
     return pd.DataFrame(rows)
 
 

@@ -22,7 +22,7 @@ CELLS = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cel
 for cell in CELLS:
     cell["metadata"].setdefault("tags", [])
 # of version 0.1's pixels, labels and ids of COVID-CT at 64 pixels
-COVID_CT_AT_64 = "8c00d499a1d8b0aa1759d34cf9a1d1f23aabea8ee147d332415f61cfdd8cad00"
+COVID_CT_AT_64 = "2d3b2855cc03df92475ac33cbe05df509bed141834c48ca66a8e27d91efef4d9"
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 NOISE = np.random.default_rng(0).integers(0, 256, (500, 16, 16)).astype(np.uint8)
 
