@@ -22,7 +22,7 @@ workbook: $(READY)  ## run the seven notebooks; WEIGHTS=, DATASET=, RECIPE= go w
 	        if grep -q "\"$$name: str" "$$notebook"; then set -- "$$@" -r "$$name" "$${given#*=}"; fi; \
 	    done; \
 	    echo "== $$notebook $$*"; \
-	    $(PY) -m papermill --cwd notebooks --no-progress-bar "$$notebook" "runs/$$notebook" "$$@"; \
+	    OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m papermill --cwd notebooks --no-progress-bar "$$notebook" "runs/$$notebook" "$$@"; \
 	done
 	@echo "Done. Read runs/notebooks/06_compare_results.ipynb first; \`make lab\` opens the notebooks."
 
