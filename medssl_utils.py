@@ -15,9 +15,9 @@ Docstrings name types and shapes; signatures stay short.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
-import dataclasses
 import errno
 import functools
 import hashlib
@@ -33,11 +33,10 @@ import time
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -62,12 +61,13 @@ def check_choice(value, options, what):
 
 @contextlib.contextmanager
 def _atomic(path):
-    """Yield a temporary path beside `path`; rename it to `path` on success, delete it on error."""
+    """Yield a new file (binary) that is renamed to `path` on success, and deleted on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -76,17 +76,17 @@ def _atomic(path):
 
 @contextlib.contextmanager
 def _locked(path, timeout=-1):
-    """Hold the lock file `path`; filelock.Timeout if it stays taken for `timeout` seconds.
+    """Hold a lock beside `path`; filelock.Timeout if it stays taken for `timeout` seconds.
 
     Raises:
         OSError: the file system knows no locks; names the folder and the way out.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, timeout=timeout)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=timeout)
     try:
         lock.acquire()
-    except (OSError, NotImplementedError) as error:
-        if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise  # filelock.Timeout too, whose errno is None
         raise OSError(
             f"The file system of {path.parent} has no file locks, so two processes could write "
@@ -100,21 +100,21 @@ def _locked(path, timeout=-1):
 
 def _write_json(path, value):
     """Write JSON atomically; a NaN is an error, since no result may be one."""
-    with _atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    with _atomic(path) as file:
+        file.write(json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def _save_tensors(tensors, path, metadata=None):
     """Write a dictionary of tensors as safetensors, atomically."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with _atomic(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    with _atomic(path) as file:
+        file.write(save(tensors, metadata))
 
 
 def _sha256(*chunks):
-    """SHA-256 in hexadecimal digits over texts, bytes and contiguous arrays, one after another."""
+    """SHA-256 in hexadecimal digits over texts and bytes, one after another."""
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk.encode() if isinstance(chunk, str) else chunk)
@@ -128,13 +128,14 @@ def _few(names, most=5):
     return ", ".join(names[:most]) + rest
 
 
-def describe_environment(device="auto"):
+def describe_environment():
     """Return one line of versions and device for the top of a notebook or an issue."""
-    where = pick_device(device)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else where.type
+    device = "no CUDA GPU"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
     return (
         f"medssl {__version__}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"torchvision {torchvision.__version__}, {name}, {torch.get_num_threads()} thread(s)"
+        f"torchvision {torchvision.__version__}, {device}, {torch.get_num_threads()} thread(s)"
     )
 
 
@@ -147,23 +148,19 @@ class CheckpointError(ValueError):
     """A checkpoint that could not be fetched, opened, or matched; says what to do next."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a method's pre-training code names its tensors (read from the authors' own code)."""
-
-    prefixes: tuple  # what stands before a backbone key; the published file's first
-    evidence: str  # a part of a key that no other method's file has
-    unexpected: tuple  # how many keys stand beside the backbone
-
-
-LAYOUTS = {
-    "BYOL": Layout(("online_network.encoder.",), "target_network.", (350,)),  # SimSiam: no target
-    "SwAV": Layout(("model.", ""), "prototypes.", (10,)),  # SwAV's own code: no prefix
-    "MoCo": Layout(("encoder_q.",), "encoder_k.", (330, 326)),  # an MLP head, or a linear one
-    # SparK's keys are any ResNet50's; what stands around them tells. Second: a run that goes on
-    "SparK": Layout(("", "sparse_encoder.sp_cnn."), "is_pretrain", (0,)),
+# How each method's pre-training code names its tensors (read from the authors' own code): what
+# stands before a backbone key, the published file's first,
+PREFIXES = {
+    "BYOL": ("online_network.encoder.",),
+    "SwAV": ("model.", ""),  # SwAV's own code: no prefix
+    "MoCo": ("encoder_q.",),
+    "SparK": ("", "sparse_encoder.sp_cnn."),  # the second: of a pre-training that goes on
 }
-METHODS = tuple(LAYOUTS)
+# and a part of a key that no other method's file has. SimSiam has BYOL's prefix, but no target;
+# SparK's keys are any ResNet50's: what stands around them tells.
+EVIDENCE = {"BYOL": "target_network.", "SwAV": "prototypes.", "MoCo": "encoder_k."}
+EVIDENCE |= {"SparK": "is_pretrain"}
+METHODS = tuple(PREFIXES)
 CONTROLS = ("random", "ImageNet")
 GROUPS = {  # start of a key beside the backbone -> what it is; the first that fits
     "online_network.": "projector and predictor of the online network",
@@ -185,9 +182,9 @@ class Checkpoint:
 
     filename: str = ""  # the name it is kept under
     url: str = ""  # where it is fetched
-    layout: str = ""  # one of LAYOUTS; "": any ResNet50
-    mean: tuple | None = None  # of the pre-training images in [0, 1]; None: not known
-    std: tuple | None = None
+    layout: str = ""  # one of METHODS; "": any ResNet50
+    mean: tuple = ()  # of the pre-training images in [0, 1]; (): not known
+    std: tuple = ()
     path: str = ""  # of your own file
     wrapper: str = ""  # key of its dictionary of tensors, where the usual ones don't find it
     prefix: str = ""  # what stands before its backbone keys; "" finds it
@@ -209,10 +206,12 @@ for _method, _filename, _drive_id, _intensities in (
     ("SwAV-LIDC", "SwAV-LIDC.ckpt", "1IOAFPFjQiQfCbGSunaTeNzrCCEFKqJR9", LIDC),
     ("SwAV-LIDC-reduced", "SwAV-LIDC-reduced.ckpt", "1cFK4cMv30TGWiiu9L1pO5b-DTu2x_m3w", LIDC),
 ):
-    _url = f"https://drive.google.com/uc?export=download&id={_drive_id}"
-    _layout = _method.split("-")[0]  # that of SwAV-LIDC is SwAV's
-    CHECKPOINTS[_method] = Checkpoint(_filename, _url, _layout, **_intensities)
-SISTER_METHODS = tuple(CHECKPOINTS)[len(METHODS) :]
+    CHECKPOINTS[_method] = Checkpoint(
+        _filename,
+        f"https://drive.google.com/uc?export=download&id={_drive_id}",
+        _method.split("-")[0],  # the layout of SwAV-LIDC is SwAV's
+        **_intensities,
+    )
 
 
 # Download ---------------------------------------------------------------------
@@ -238,8 +237,8 @@ def download_checkpoint(method, folder="checkpoints", *, quiet=False):
     transfer = target.with_name(f".{target.name}.download") / target.name
     options = {"use_cookies": False, "timeout": DOWNLOAD_TIMEOUT, "retries": 3}
     try:
-        with _locked(target.with_name(f".{target.name}.lock")):
-            if target.exists():
+        with _locked(target):
+            if target.is_file():
                 try:
                     _check_file(target, target.parent)
                     return target
@@ -267,8 +266,6 @@ def _check_file(path, folder):
     A zip archive, as torch.save writes it, is held against the CRC of each record, and any file
     against the SHA-256 of its first good load in `folder`/checksums.json.
     """
-    if not path.is_file():
-        raise CheckpointError("there is no such file")
     with open(path, "rb") as file:
         start = file.read(64)
         file.seek(0)
@@ -300,12 +297,10 @@ def _check_records(archive, size):
     damaged = archive.testzip()
     if damaged:
         raise zipfile.BadZipFile(f"CRC of the record {damaged}")
-    pickles = {name: archive.read(name) for name in sizes if name.endswith("/data.pkl")}
     for name in sizes:
         root, folder, key = name.rpartition("/data/")
-        key = key.encode()
-        text = len(key).to_bytes(4, "little") + key  # as the pickle writes it
-        if folder and text not in pickles[f"{root}/data.pkl"]:
+        text = f"{chr(len(key))}\0\0\0{key}".encode()  # a record's name, as the pickle has it
+        if folder and text not in archive.read(f"{root}/data.pkl"):
             raise zipfile.BadZipFile(f"no tensor is read from the record {name}")
 
 
@@ -380,7 +375,7 @@ BACKBONE_KEY = re.compile(r"((?:.+?\.)??)((?:conv1|bn1|layer[1-4]\.\d+)\..+)", r
 def _recognise(entries, items, own_prefix):
     """Find a file's backbone: its method by evidence, else "ResNet50"; its prefix; its tensors.
 
-    The user's `own_prefix` decides, else LAYOUTS, else the largest backbone.
+    The user's `own_prefix` decides, else EVIDENCE, else the largest backbone.
     """
     backbones = {}
     for key, value in entries.items():
@@ -391,15 +386,12 @@ def _recognise(entries, items, own_prefix):
         raise CheckpointError(f"0 of 318 backbone tensors; its keys are {_few(entries)}")
     method = "ResNet50"
     prefix = own_prefix or max(backbones, key=lambda start: len(backbones[start]))
-    for name, layout in LAYOUTS.items():
-        evidence = [key for key in items if layout.evidence in key]
+    for name, evidence in EVIDENCE.items():
+        evident = any(evidence in key for key in items)
         for start in backbones:
             bare = start.removeprefix("module.")  # of DistributedDataParallel
-            if own_prefix or not evidence or bare not in layout.prefixes:
-                continue
-            if method != "ResNet50":
-                raise CheckpointError(f"it holds the keys of two methods, {method} and {name}")
-            method, prefix = name, start
+            if evident and bare in PREFIXES[name] and not own_prefix:
+                method, prefix = name, start
     return method, prefix, backbones.get(prefix, {})
 
 
@@ -412,11 +404,11 @@ def _check_backbone(own, notes):
     foreign = [name for name in own if name not in layout]
     if missing == [name for name in layout if name.endswith("num_batches_tracked")]:
         own = own | {name: torch.tensor(0) for name in missing}
+        missing = []
         notes.append("53 num_batches_tracked were absent (PyTorch < 0.4.1): set to 0")
-    elif missing:
-        raise CheckpointError(f"{len(missing)} of 318 backbone tensors missing, first {missing[0]}")
-    if foreign:
-        raise CheckpointError(f"{len(foreign)} keys that no ResNet50 has, first {foreign[0]}")
+    if missing or foreign:
+        wrong = f"{len(missing)} of 318 backbone tensors missing ({_few(missing, 1)})"
+        raise CheckpointError(f"{wrong}, {len(foreign)} that no ResNet50 has ({_few(foreign, 1)})")
     tensors = {}
     for name, blank in layout.items():
         tensor = own[name]
@@ -450,8 +442,8 @@ class KeyReport:
     sha256: str = ""  # of that file; after an export, of the checkpoint
     unexpected_keys: tuple = ()  # of the file, no part of a ResNet50: left out
     fingerprint: str = ""  # SHA-256 over names, types, shapes and numbers of the loaded tensors
-    mean: tuple | None = None  # to normalise images in [0, 1] with; None: the data's
-    std: tuple | None = None
+    mean: tuple = ()  # to normalise images in [0, 1] with; (): the data's are used
+    std: tuple = ()
     notes: tuple = ()  # further things to know, one sentence each
     stand_in: str = ""  # "planted" or "random" for a stand-in
     demo: bool = False  # a stand-in, or loaded beside stand-ins: its results are a demo's
@@ -465,19 +457,18 @@ class KeyReport:
 
     @property
     def groups(self):
-        """The unexpected keys by what they are: start of the key -> (number, meaning)."""
+        """How many unexpected keys there are of each kind: start of the key -> number."""
         counts = Counter()
         for key in self.unexpected_keys:
-            key = key.removeprefix("module.")
-            starts = [start for start in GROUPS if key.startswith(start) or f".{start}" in key]
+            starts = [start for start in GROUPS if f".{start}" in f".{key}"]
             counts[starts[0] if starts else key.split(".")[0]] += 1
-        return {group: (n, GROUPS.get(group, "not known")) for group, n in counts.items()}
+        return dict(counts)
 
     @property
     def verdict(self):
         """One or two sentences: what was loaded, and whether the rest is what is expected."""
-        left_out = f"{len(self.unexpected_keys)} other keys left out"
-        text = f"{self.loaded} of {self.expected} backbone tensors loaded, {left_out}"
+        n = len(self.unexpected_keys)
+        text = f"{self.loaded} of {self.expected} backbone tensors loaded, {n} other keys left out"
         unknown = [group for group in self.groups if group not in GROUPS]
         if unknown:
             text += f", without knowing what they are: {_few(unknown)}"
@@ -488,10 +479,11 @@ class KeyReport:
     def __repr__(self):
         lines = [f"{self.name}: {self.weights} {self.path}", self.verdict]
         lines.append(f"Missing: {_few(self.missing_keys)}. Left out:")
-        for group, (count, what) in self.groups.items():
-            lines.append(f"{count:6}  {group:24} {what}")
+        for group, count in self.groups.items():
+            lines.append(f"{count:6}  {group:24} {GROUPS.get(group, 'not known')}")
         lines += [f"Note: {note}." for note in self.notes]
-        return "\n".join([*lines, f"Fingerprint {self.fingerprint[:16]}"])
+        lines.append(f"SHA-256 {self.sha256 or 'of no file'}, fingerprint {self.fingerprint[:16]}")
+        return "\n".join(lines)
 
 
 # Load -------------------------------------------------------------------------
@@ -541,8 +533,7 @@ def load_backbone(method=None, path=None, *, weights="stand-in", folder="checkpo
         if origin == "stand-in" and report.stand_in == "random":
             # drawn as the control is: one fixed network would not tell how much is chance
             tensors = _new_resnet50(int(_sha256(f"{method} {seed}")[:8], 16)).state_dict()
-            notes = (*report.notes, f"its numbers were drawn anew for seed {seed}")
-            report = replace(report, notes=notes)
+            report = replace(report, notes=(f"its numbers were drawn anew for seed {seed}",))
     with torch.device("meta"):
         model = _new_resnet50()
     model.load_state_dict(tensors, strict=True, assign=True)
@@ -589,23 +580,23 @@ def _load_checkpoint(method, path, origin):
     if method is None:
         method = evident
         entry = CHECKPOINTS.get(method, Checkpoint())
-    layout = LAYOUTS.get(entry.layout)
-    if layout and evident != entry.layout:
+    prefixes = PREFIXES.get(entry.layout)
+    if prefixes and evident != entry.layout:
         if (entry.layout, evident, prefix) != ("SparK", "ResNet50", ""):
             raise CheckpointError(
-                f"it holds no {method} backbone (318 tensors under {layout.prefixes[0]!r}), but a "
+                f"it holds no {method} backbone (318 tensors under {prefixes[0]!r}), but a "
                 f"{evident} one under {prefix!r}: ask for that, or add an entry to CHECKPOINTS"
             )
         notes.append("nothing but the request says that this ResNet50 is SparK's")
     tensors = _check_backbone(own, notes)
-    if layout and (prefix != layout.prefixes[0] or len(rest) not in layout.unexpected):
-        notes.append(f"backbone under {prefix!r}, {len(rest)} keys beside it: unlike the published")
+    if prefixes and prefix != prefixes[0]:
+        notes.append(f"its backbone stands under {prefix!r}: it is not the published file")
     stand_in = str(items.get(STAND_IN_MARK, ""))
     if origin in SOURCES and (origin == "stand-in") != bool(stand_in):
         raise CheckpointError(f"it is not what weights={origin!r} asks for: move it away")
     if stand_in:
         entry = Checkpoint()  # published intensities are not its own
-    elif entry.mean is None:
+    elif not entry.mean:
         notes.append("its pre-training intensities are not known: the data set's are used")
     elif origin == "file" and not entry.path:
         notes.append(f"mean and std are assumed to be those of the published {method} file")
@@ -613,17 +604,17 @@ def _load_checkpoint(method, path, origin):
     recorded = json.loads(listing.read_text()) if listing.exists() else {}
     if origin == "published" and path.name not in recorded and os.access(path.parent, os.W_OK):
         _write_json(listing, recorded | {path.name: sha256})  # trust on first use
-    facts = {"mean": entry.mean, "std": entry.std, "notes": tuple(notes), "stand_in": stand_in}
-    return tensors, KeyReport(method, origin, path.name, sha256, rest, **facts)
+    report = KeyReport(method, origin, path.name, sha256, rest, stand_in=stand_in)
+    return tensors, replace(report, mean=entry.mean, std=entry.std, notes=tuple(notes))
 
 
 def _fingerprint(tensors):
     """SHA-256 over names, types, shapes and numbers in name order, whatever file they came from."""
     chunks = []
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
+        tensor = tensors[name]
         chunks.append(f"{name} {tensor.dtype} {tuple(tensor.shape)};")
-        chunks.append(tensor.numpy().reshape(-1).view(np.uint8))
+        chunks.append(tensor.numpy().tobytes())
     return _sha256(*chunks)
 
 
@@ -647,7 +638,7 @@ def export_backbone(model, path, report):
         raise ValueError(f"{path}: the name of an exported backbone must end in .safetensors.")
     if _fingerprint(model.state_dict()) != report.fingerprint:
         raise CheckpointError("These are not the weights of the report: export before training.")
-    metadata = {"format": "pt", "medssl_report": json.dumps(vars(report))}
+    metadata = {"format": "pt", "medssl_report": repr(vars(report))}
     _save_tensors(model.state_dict(), path, metadata)
     return path
 
@@ -664,14 +655,10 @@ def _load_exported(method, path):
             "export_backbone did not write it. A trained network (a run's best.safetensors) is "
             "opened by notebook 07; other weights: save their dictionary with torch.save"
         )
-    facts = json.loads(metadata["medssl_report"])
-    for name, value in facts.items():
-        if isinstance(value, list):
-            facts[name] = tuple(value)
-    report = KeyReport(**facts)
+    report = KeyReport(**ast.literal_eval(metadata["medssl_report"]))
     if method not in (None, report.method):
         raise CheckpointError(f"it is a {report.method} backbone, but {method} was asked for")
-    if _fingerprint(tensors) != facts["fingerprint"]:
+    if _fingerprint(tensors) != report.fingerprint:
         raise CheckpointError("its tensors are not those that were exported (fingerprint)")
     notes = (*report.notes, f"exported from {report.path}")
     return tensors, replace(report, weights="file", path=path.name, notes=notes)
@@ -707,13 +694,13 @@ class Split:
 
     def take(self, index):
         """Return the images at `index` as a new Split."""
-        return Split(self.images[index], self.labels[index], self.ids[index], self.patients[index])
+        return Split(*[column[index] for column in vars(self).values()])
 
     @property
     def fingerprint(self):
-        """SHA-256 of ids, labels and pixels."""
-        images = np.ascontiguousarray(self.images)
-        return _sha256("\n".join(self.ids), self.labels.tobytes(), str(images.shape), images)
+        """SHA-256 of ids, patients, labels and pixels."""
+        names = "\n".join([*self.ids, *self.patients])
+        return _sha256(names, self.labels.tobytes(), str(self.images.shape), self.images.tobytes())
 
 
 NO_IMAGES = Split(np.zeros((0, 1, 1), "u1"), np.zeros(0, int), *np.zeros((2, 0), str))
@@ -748,13 +735,14 @@ class DataSplits:
 
     @property
     def parts(self):
-        """Train, val and test by name."""
-        return {"train": self.train, "val": self.val, "test": self.test}
+        """The parts that have images, by name: train, val, test, new."""
+        splits = {part: getattr(self, part) for part in (*PARTS, "new")}
+        return {part: split for part, split in splits.items() if len(split)}
 
     @functools.cached_property
     def fingerprint(self):
         """SHA-256 over all parts."""
-        return _sha256(*[split.fingerprint for split in (*self.parts.values(), self.new)])
+        return _sha256(*[split.fingerprint for split in self.parts.values()])
 
 
 # Loading and saving ----------------------------------------------------------
@@ -774,12 +762,12 @@ def load_data(dataset="phantom", *, image_size=32, data_dir="data", seed=0):
 
     Raises:
         ValueError: an unknown name, or a file that is not what it should be.
-        FileNotFoundError: no such file. OSError: the download failed.
+        FileNotFoundError: no such file. RuntimeError: the download failed.
     """
     name = str(dataset)
     if name == "phantom":
         return demo_data(seed, image_size=image_size)
-    if name.endswith(".npz") or "/" in name or os.sep in name:
+    if name.endswith(".npz"):
         return _read_prepared(Path(name).expanduser())
     flag, _, size = name.partition("_")
     flags = [f"{kind}mnist" for kind in MEDMNIST]
@@ -789,19 +777,11 @@ def load_data(dataset="phantom", *, image_size=32, data_dir="data", seed=0):
 
     path = Path(data_dir).expanduser() / f"{name}.npz"
     info = medmnist.INFO[flag]
-    loader = getattr(medmnist, info["python_class"])  # fetches it, checks the MD5 of one there
-    with _locked(path.with_name(f".{path.name}.lock")):
-        try:
-            loader("val", root=path.parent, size=int(size or 28), download=True)
-        except RuntimeError as error:  # it says what to do by hand, and hides the cause
-            raise OSError(f"{error}Cause: {error.__context__}") from error
+    loader = getattr(medmnist, info["python_class"])  # it fetches, and checks the MD5
+    with _locked(path):
+        loader("val", root=path.parent, size=int(size or 28), download=True)
     source = f"MedMNIST {path.stem}, licence {info['license']}"
     return replace(_read_prepared(path), source=source, class_names=tuple(info["label"].values()))
-
-
-# what a prepared file may hold beside the images of each part
-STORED = {"class_names": tuple, "mean": tuple, "std": tuple, "notes": tuple}
-STORED |= {"source": str, "demo": bool, "official_split": bool}
 
 
 def _read_prepared(path):
@@ -817,17 +797,17 @@ def _read_prepared(path):
         free = psutil.virtual_memory().available
         if size > free:
             raise MemoryError(f"it needs {size:,} bytes of memory, {free:,} are free")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = dict(np.load(path, allow_pickle=False))
         splits = {}
         for part in (*PARTS, "new"):
             if f"{part}_images" in arrays:
                 splits[part] = _read_part(arrays, part)
         highest = max(split.labels.max(initial=-1) for split in splits.values())
         facts["class_names"] = tuple(str(label) for label in range(highest + 1))
-        for key, kind in STORED.items():
-            if key in arrays:
-                facts[key] = kind(arrays[key].tolist())
+        for name, array in arrays.items():
+            default = getattr(DataSplits, name, None)
+            if isinstance(default, (tuple, str, bool)):  # class_names, mean, std, source, ...
+                facts[name] = type(default)(array.tolist())
     except Exception as error:  # a damaged file raises anything
         raise ValueError(f"{path} is no prepared file (see notebook 03): {error}") from error
     return DataSplits(path.stem, **splits, **facts)
@@ -842,10 +822,11 @@ def _read_part(arrays, part):
         labels = arrays[f"{part}_labels"]  # (N,) or (N, 1)
     ids = arrays.get(f"{part}_ids", np.array([f"{part}/{i:06d}" for i in range(n)]))
     patients = arrays.get(f"{part}_patients", np.full(n, ""))
-    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[3:] not in ((), (3,)):
-        raise ValueError(f"{part}_images are {images.dtype} of shape {images.shape}")
-    if labels.dtype.kind not in "iu" or {labels.size, len(ids), len(patients)} != {n}:
-        raise ValueError(f"{n} {part}_images have labels {labels.dtype} of shape {labels.shape}")
+    sizes = {n, labels.size, len(ids), len(patients)}
+    right = images.ndim > 2 and images.shape[3:] in ((), (3,)) and labels.dtype.kind in "iu"
+    if images.dtype != np.uint8 or not right or len(sizes) > 1:
+        shapes = f"{images.dtype} {images.shape}, labels {labels.dtype} {labels.shape}"
+        raise ValueError(f"{part}_images are {shapes}, {len(ids)} ids, {len(patients)} patients")
     return Split(images, labels.reshape(n).astype(np.int64), ids, patients)
 
 
@@ -857,7 +838,7 @@ def save_data(data, path):
             arrays[name] = value
         elif len(value):
             arrays |= {f"{name}_{column}": array for column, array in vars(value).items()}
-    with _atomic(Path(path)) as temporary, open(temporary, "wb") as file:
+    with _atomic(Path(path)) as file:
         np.savez(file, **arrays)
     return Path(path)
 
@@ -885,14 +866,14 @@ def label_subset(split, label_fraction=1.0, *, labels_per_class=None, seed=0, ru
     n = len(split)
     if not 0 < label_fraction <= 1 or n == 0:
         raise ValueError(f"label_fraction {label_fraction} of {n} images: expected 0 < it <= 1.")
-    order = list(range(n))
-    if rule == "authors":
-        random.Random(seed).shuffle(order)
-    if rule != "stratified" and labels_per_class is not None:
-        raise ValueError(f"The subset rule {rule!r} takes a fraction, not labels_per_class.")
     if rule != "stratified":
+        if labels_per_class is not None:
+            raise ValueError(f"The subset rule {rule!r} takes a fraction, not labels_per_class.")
+        order = list(range(n))
+        if rule == "authors":
+            random.Random(seed).shuffle(order)
         return np.sort(order[: int(n * label_fraction)])
-    names = np.where(split.patients == "", split.ids, np.char.add("patient ", split.patients))
+    names = np.where(split.patients == "", split.ids, split.patients)
     patients, patient_of = np.unique(names, return_inverse=True)  # (P,), (N,)
     place = np.random.default_rng(seed).permutation(len(patients))[patient_of]  # (N,)
     counts = pd.crosstab(place, split.labels)  # (P, C) images, patients in the random order
@@ -937,53 +918,44 @@ class SplitReport:
         return "\n".join([*lines, str(self.counts)])
 
 
-def check_splits(data, report=None):
-    """Look for what would make a result wrong: leaks, contradictions, gaps, odd intensities.
+def check_splits(data):
+    """Look for what would make a result wrong: leaks, contradictions, gaps.
 
     A patient or a picture in two parts, and a picture with two labels, are errors; in an official
     split, which stays as it is, they are warnings. (Notebook 03 looks for near-duplicates, too.)
 
-    Args:
-        report: KeyReport of the checkpoint whose pre-training the intensities are held against.
-
     Returns:
         SplitReport.
     """
-    parts = {part: split for part, split in (data.parts | {"new": data.new}).items() if len(split)}
+    parts = data.parts
     errors, warnings_, frames = [], [], []
     if list(parts) not in (["test"], ["new"]) and set(PARTS) - set(parts):
         errors.append(f"It has images for {_few(parts)} only, of {_few(PARTS)}.")
     for part, split in parts.items():
-        frame = pd.DataFrame({"part": part, "row": range(len(split)), "id": split.ids})
         digests = [hash(image.tobytes()) for image in split.images]
-        frames.append(frame.assign(label=split.labels, patient=split.patients, exact=digests))
-        mean = split.images.mean() / 255
-        if report and report.mean and abs(mean - np.mean(report.mean)) > np.mean(report.std):
-            usual = np.mean(report.mean)
-            text = (
-                f"The mean intensity of {part} is {mean:.2f}, in pre-training it was {usual:.2f}."
-            )
-            warnings_.append(text)
+        columns = {"part": part, "row": range(len(split)), "exact": digests}
+        columns |= {"id": split.ids, "label": split.labels, "patient": split.patients}
+        frames.append(pd.DataFrame(columns))
     images = pd.concat(frames, ignore_index=True)
-    labelled = images[images["part"] != "new"]
-    outside = labelled["part"][~labelled["label"].between(0, len(data.class_names) - 1)]
-    for part in outside.unique():
-        errors.append(f"{part} has labels outside 0 to {len(data.class_names) - 1}.")
-    counts = pd.crosstab(labelled["label"], labelled["part"])
-    counts = counts.reindex(range(len(data.class_names)), fill_value=0)
+    labelled = images[images.part != "new"]
+    classes = range(len(data.class_names))
+    if not labelled.label.isin(classes).all():
+        errors.append(f"It has labels outside 0 to {len(classes) - 1}.")
+    counts = pd.crosstab(labelled.label, labelled.part).reindex(classes, fill_value=0)
     counts.index = pd.Index(data.class_names, name="class")
     for part in counts:
         absent = counts.index[counts[part] == 0]
         problems = errors if part == "train" else warnings_
         if len(absent):
             problems.append(f"{part} has no image of {_few(absent)}.")
-    if images["id"].duplicated().any():
-        errors.append(f"Ids occur twice: {_few(images['id'][images['id'].duplicated()])}.")
+    twice = images.id[images.id.duplicated()]
+    if len(twice):
+        errors.append(f"Ids occur twice: {_few(twice)}.")
     pairs = _find_pairs(images)
     for (kind, where), rows in pairs.groupby(["kind", "where"], sort=False):
-        names = rows["id"] + " = " + rows["id_2"]
+        names = rows.id + " = " + rows.id_2
         if kind == "patient":
-            names = rows["patient"]
+            names = rows.patient
         mild = where == "in one part" or data.official_split
         problems = warnings_ if mild else errors
         problems.append(f"{len(rows)} {kind} pairs {where}: {_few(names)}.")
@@ -992,16 +964,16 @@ def check_splits(data, report=None):
 
 def _find_pairs(images):
     """Put each image beside the first one with the same pixels, or patient (in another part)."""
-    patients = images[images["patient"] != ""].drop_duplicates(["part", "patient"])
+    patients = images[images.patient != ""].drop_duplicates(["part", "patient"])
     tables = []
     for kind, rows in {"exact": images, "patient": patients}.items():
         pairs = rows.merge(rows.drop_duplicates(kind), on=kind, suffixes=("", "_2"))
-        tables.append(pairs[pairs["id"] != pairs["id_2"]].assign(kind=kind))
+        tables.append(pairs[pairs.id != pairs.id_2].assign(kind=kind))
     pairs = pd.concat(tables, ignore_index=True)
-    pairs["where"] = "in one part"
-    pairs.loc[pairs["part"] != pairs["part_2"], "where"] = "in two parts"
-    two_labels = (pairs["label"] != pairs["label_2"]) & (pairs["kind"] == "exact")
-    pairs.loc[two_labels, "where"] = "with two labels"
+    two_labels = (pairs.label != pairs.label_2) & (pairs.kind == "exact")
+    two_parts = pairs.part != pairs.part_2
+    places = ["with two labels", "in two parts"]
+    pairs["where"] = np.select([two_labels, two_parts], places, "in one part")
     return pairs.sort_values("where", ascending=False, ignore_index=True)
 
 
@@ -1032,11 +1004,11 @@ OPTIONS = {
     "subset_rule": ("stratified", "authors", "first"),
     "precision": ("auto", "fp32", "bf16"),
 }
-KEPT_NETWORKS = 4  # whose features a process keeps for further linear evaluations
+KEPT_NETWORKS = 8  # whose features a process keeps for further linear evaluations
 RESUME_SECONDS = 60.0  # a run writes its resume file at most this often
 
 
-class TrainingError(RuntimeError):
+class TrainingError(Exception):
     """Training could not go on; says where it stopped and what to do next."""
 
 
@@ -1050,13 +1022,11 @@ def _typed(name, value, default):
     Raises:
         ValueError: another type, such as "1e-4" as text, or a number below 0.
     """
-    if isinstance(value, np.generic):
-        value = value.item()
-    if type(value) is int:
-        value = type(default)(value)
-    if type(value) is not type(default) or not 0 <= value < math.inf:
+    kind = type(default)
+    number = isinstance(value, (int, float, np.number)) and 0 <= value < math.inf
+    if not number or value != kind(value):
         raise ValueError(f"{name} is {value!r}; give a number from 0 up, such as {default}.")
-    return value
+    return kind(value)
 
 
 @dataclass(frozen=True)
@@ -1101,19 +1071,18 @@ class FineTuneConfig:
     precision: str = "auto"  # literature: bf16 trains a ResNet50 as fp32 does (Kalamkar 2019)
 
     def __post_init__(self):
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            if setting.name in OPTIONS:
-                check_choice(value, OPTIONS[setting.name], setting.name)
+        for name, value in vars(self).items():
+            if name in OPTIONS:
+                check_choice(value, OPTIONS[name], name)
             else:
-                value = _typed(setting.name, value, setting.default)
-                object.__setattr__(self, setting.name, value)
+                value = _typed(name, value, getattr(FineTuneConfig, name))
+                object.__setattr__(self, name, value)
         if self.batch_size < 2 or 0 in (self.epochs, self.image_size, self.lr):
             raise ValueError(f"batch_size takes 2 or more, epochs, image_size and lr no 0: {self}.")
 
     @classmethod
     def named(cls, recipe, dataset="", **changes):
-        """Return a recipe with `changes`; None, and 0 epochs or pixels, mean the recipe's own."""
+        """Return a recipe with `changes`; 0 epochs or pixels mean the recipe's own."""
         check_choice(recipe, RECIPES, "recipe")
         settings = {"recipe": recipe, **RECIPES[recipe]}
         if recipe == "paper" and dataset.startswith("organ"):
@@ -1121,8 +1090,7 @@ class FineTuneConfig:
         if dataset == "phantom":
             settings["image_size"] = 32  # what phantoms are drawn at
         for name, value in changes.items():
-            left_to_recipe = name in ("epochs", "image_size") and value == 0
-            if value is not None and not left_to_recipe:
+            if value or name not in ("epochs", "image_size"):
                 settings[name] = value
         return cls(**settings)
 
@@ -1148,10 +1116,9 @@ def pick_precision(config, device):
 def _numerics(device, precision):
     """Compute in bfloat16 or in exact float32, by kernels that give the same bits again."""
     low = precision == "bf16"
-    flags = {"enabled": True, "benchmark": False, "deterministic": True, "allow_tf32": low}
-    with torch.backends.cudnn.flags(**flags):
-        with torch.autocast(device.type, torch.bfloat16, enabled=low):
-            yield
+    kernels = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=low)
+    with kernels, torch.autocast(device.type, torch.bfloat16, enabled=low):
+        yield
 
 
 # One batch -------------------------------------------------------------------
@@ -1164,9 +1131,9 @@ class Preprocessing:
     The order and the `area` resize are those of the authors' notebooks (MONAI `Resize`).
     """
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    image_size: int
+    mean: tuple  # three numbers, in units of [0, 1]
+    std: tuple
+    image_size: int  # pixels
 
     def __call__(self, images):
         """Turn (N, H, W) or (N, H, W, 3), 0..255, into float32 (N, 3, S, S)."""
@@ -1187,7 +1154,7 @@ def preprocessing_for(config, data, report):
 
     A network without statistics of its own, such as `random`, takes the data set's.
     """
-    if config.normalise == "checkpoint" and report.mean is not None:
+    if config.normalise == "checkpoint" and report.mean:
         return Preprocessing(report.mean, report.std, config.image_size)
     return Preprocessing(data.mean, data.std, config.image_size)
 
@@ -1247,9 +1214,7 @@ def set_phase(model, config, epoch):
         if authors and isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(True)
     if authors and epoch > config.freeze_epochs:
-        return config.lr / 5, config.lr / 5
-    if authors:
-        return config.lr, config.lr
+        return config.lr / 5, config.backbone_lr / 5
     return config.lr, config.backbone_lr
 
 
@@ -1282,8 +1247,7 @@ def train_one_epoch(model, images, labels, optimizer, config, preprocessing, *, 
     lr, backbone_lr = set_phase(model, config, epoch)
 
     # order and augmentation follow from seed and epoch: no random state has to be saved
-    digest = hashlib.sha256(repr((seed, epoch)).encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator().manual_seed(int(_sha256(repr((seed, epoch)))[:14], 16))
     order = torch.randperm(len(labels), generator=generator).to(device)
     draws = torch.rand(len(labels), 6, generator=generator).to(device)
     batches = list(order.split(config.batch_size))
@@ -1293,8 +1257,8 @@ def train_one_epoch(model, images, labels, optimizer, config, preprocessing, *, 
     losses = torch.zeros(len(batches), device=device)
     for step, index in enumerate(batches):
         factor = lr_factor(config, epoch * len(batches) + step, config.epochs * len(batches))
-        optimizer.param_groups[0]["lr"] = float(np.float32(backbone_lr * factor))
-        optimizer.param_groups[1]["lr"] = float(np.float32(lr * factor))
+        optimizer.param_groups[0]["lr"] = backbone_lr * factor
+        optimizer.param_groups[1]["lr"] = lr * factor
         x = preprocessing(images[index])  # (B, 3, S, S)
         x = augment_batch(x, config.augment, draws[index])
         optimizer.zero_grad()
@@ -1340,7 +1304,7 @@ def evaluate(model, split, preprocessing, precision="fp32"):
 # The run folder --------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """One finished fine-tuning, as it lies in its folder.
 
@@ -1352,10 +1316,10 @@ class Run:
     """
 
     folder: Path
-    config: dict[str, Any]
-    metrics: dict[str, Any]
+    config: dict
+    metrics: dict
     history: pd.DataFrame
-    predictions: dict[str, np.ndarray]
+    predictions: dict
 
     @property
     def stamp(self):
@@ -1377,8 +1341,7 @@ def load_run(folder):
     if "version" not in config:
         raise TrainingError(f"{folder} is of version 0.1, whose files differ: run it again.")
     metrics = json.loads((folder / "metrics.json").read_text())
-    with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
-        predictions = dict(arrays)
+    predictions = dict(np.load(folder / "predictions.npz", allow_pickle=False))
     return Run(folder, config, metrics, pd.read_csv(folder / "history.csv"), predictions)
 
 
@@ -1398,16 +1361,18 @@ def plan_run(report, data, config, *, label_fraction=1.0, labels_per_class=None,
     amount = {"label_fraction": _typed("label_fraction", label_fraction, 1.0)}
     amount |= {"labels_per_class": labels_per_class, "seed": _typed("seed", seed, 0)}
     subset = label_subset(data.train, rule=config.subset_rule, **amount)
-    settings = {"version": "0.2", "stamp": kind, **amount, **dataclasses.asdict(config)}
+    settings = {"version": "0.2", "stamp": kind, **amount, **vars(config)}
     for name in ("method", "name", "stand_in", "weights"):
         settings[name] = getattr(report, name)
-    settings |= dataclasses.asdict(preprocessing_for(config, data, report))
-    settings["weights_fingerprint"] = report.fingerprint
-    settings["weights_redrawn"] = "random" in (report.method, report.stand_in)
+    settings |= vars(preprocessing_for(config, data, report))
     settings |= {"dataset": data.name, "class_names": data.class_names, "n_train": len(subset)}
-    settings["dataset_fingerprint"] = data.fingerprint
-    settings["test_fingerprint"] = data.test.fingerprint
-    settings["subset_fingerprint"] = _sha256("\n".join(data.train.ids[subset]))
+    settings |= {
+        "weights_fingerprint": report.fingerprint,
+        "weights_redrawn": "random" in (report.method, report.stand_in),
+        "dataset_fingerprint": data.fingerprint,
+        "test_fingerprint": data.test.fingerprint,
+        "subset_fingerprint": _sha256("\n".join(data.train.ids[subset])),
+    }
     return settings, subset
 
 
@@ -1425,18 +1390,16 @@ def run_name(settings):
 def _sole_writer(folder, config):
     """Hold the folder's lock; say what to do if it is taken, or memory or disk are full."""
     try:
-        with _locked(folder / ".lock", timeout=0):
+        with _locked(folder / "run", timeout=0):
             yield
     except Timeout:
         raise BusyError(f"Another process is writing {folder}. Ask again later.") from None
     except (OSError, MemoryError, RuntimeError) as error:
-        text = str(error).lower()
-        advice = "What was saved before is intact: make room and run again."
-        if "alloc" in text:  # CUDA, MPS, the processor and NumPy all say it
-            advice = f"Lower batch_size ({config.batch_size}) or image_size ({config.image_size})."
-        elif "no space" not in text and "writer" not in text:  # PyTorch's writer says no more
-            raise
-        raise TrainingError(f"{folder.name} stopped: {error}. {advice}") from error
+        raise TrainingError(
+            f"{folder.name} stopped ({error}). What was saved is intact. If memory is short, lower "
+            f"batch_size ({config.batch_size}) or image_size ({config.image_size}); if the disk is "
+            "full, make room. Then run again."
+        ) from error
 
 
 # The whole run ---------------------------------------------------------------
@@ -1444,8 +1407,9 @@ def _sole_writer(folder, config):
 
 def print_epoch(history):
     """Print the last row of a history."""
-    row = history[["epoch", "val_loss", "val_AUC", "val_ACC"]].astype(float).iloc[-1]
-    print(row.round(4).to_dict(), flush=True)
+    row = history.iloc[-1].astype(float)
+    scores = f"loss {row.val_loss:.4f}, AUC {row.val_AUC:.4f}, ACC {row.val_ACC:.4f}"
+    print(f"epoch {row.epoch:.0f}: validation {scores}", flush=True)
 
 
 def _best_epoch(history, select_by):
@@ -1492,8 +1456,8 @@ def _train(net, train, val, config, preprocessing, seed, resume, on_epoch):
         if time.monotonic() - saved > RESUME_SECONDS:
             state = {"history": history, "best": best, "net": net.state_dict()}
             state["optimizer"] = optimizer.state_dict()
-            with _atomic(resume) as temporary:
-                torch.save(state, temporary)
+            with _atomic(resume) as file:
+                torch.save(state, file)
             saved = time.monotonic()
         on_epoch(pd.DataFrame(history))
     net.load_state_dict(best)
@@ -1560,7 +1524,7 @@ def fine_tune(
     model,
     report,
     data,
-    config=None,
+    config,
     *,
     study="study",
     runs_dir="runs",
@@ -1576,7 +1540,7 @@ def fine_tune(
     Args:
         model, report: from `load_backbone`; the model is copied, not changed.
         data: from `load_data`.
-        config: the recipe; `FineTuneConfig()` if None.
+        config: the recipe, such as `FineTuneConfig()`.
         study: name of the folder under `runs_dir` that keeps runs to be compared.
         device: "auto", "cpu", "cuda", "cuda:1", "mps".
         on_epoch: called with the history so far (DataFrame) after each epoch.
@@ -1591,11 +1555,9 @@ def fine_tune(
         ValueError: settings that cannot work; nothing has been written.
         TrainingError: the loss was not finite, memory or disk is full, another process writes.
     """
-    config = config or FineTuneConfig()
     where = pick_device(device)
     checks = check_splits(data)
-    if checks.errors:
-        raise ValueError(f"Not fit for training. {checks}")
+    checks.raise_for_errors()
     if _fingerprint(model.state_dict()) != report.fingerprint:
         raise ValueError("The report is of another model. Load both with `load_backbone`.")
     settings, subset = plan_run(report, data, config, **amount)
@@ -1608,8 +1570,8 @@ def fine_tune(
         for leftover in folder.glob(".*.tmp"):  # of a process killed while writing
             leftover.unlink()
         began = time.perf_counter()
+        settings |= {"environment": f"torch {torch.__version__} on {where}"}
         settings |= {"used_precision": pick_precision(config, where), "warnings": checks.warnings}
-        settings["environment"] = f"torch {torch.__version__} on {where}"
         _write_json(folder / "config.json", settings)
 
         net = add_head(model, len(data.class_names), settings["seed"])
@@ -1632,9 +1594,9 @@ def fine_tune(
         for column in ("ids", "patients", "labels"):
             predictions[column] = getattr(data.test, column)
             predictions[f"val_{column}"] = getattr(data.val, column)
-        with _atomic(folder / "predictions.npz") as temporary, open(temporary, "wb") as file:
+        with _atomic(folder / "predictions.npz") as file:
             np.savez_compressed(file, **predictions)
-        pd.DataFrame(history).to_csv(folder / "history.csv", index=False, float_format="%.7g")
+        pd.DataFrame(history).to_csv(folder / "history.csv", index=False)
         if keep_best:
             _save_tensors(net.state_dict(), folder / "best.safetensors")
         metrics["seconds"] = time.perf_counter() - began
@@ -1647,7 +1609,7 @@ def fine_tune(
 # Evaluation
 # =============================================================================
 
-SCORES = ("AUC", "ACC", "balanced ACC", "F1", "F1 paper", "Brier", "ECE")
+SCORES = ("AUC", "ACC", "balanced ACC", "F1", "F1 paper", "Brier")
 ECE_BINS = 15  # as Guo et al. 2017
 TAIL = 0.025  # on either side of an interval, so it is one of 95 %
 FEW_UNITS = 30  # below it a share is not reported by US health statistics (Parker et al. 2017)
@@ -1661,7 +1623,7 @@ def score(labels, scores):
         scores: (N, C) probabilities; the largest one is the answer.
 
     Returns:
-        A value in [0, 1] for each of SCORES, or None where it is undefined.
+        A value in [0, 1] for each of SCORES and for ECE, or None where it is undefined.
         AUC: area under the ROC curve; macro mean of one-vs-rest with more than two classes.
         ACC: share of right answers. balanced ACC: mean recall over the classes.
         F1: mean over the classes that occur. "F1 paper": as in the authors' notebooks, of class 1
@@ -1669,12 +1631,16 @@ def score(labels, scores):
         Brier: mean squared distance from the truth, halved (Brier 1950; 0 is best).
         ECE: expected calibration error (Guo et al. 2017; 0 is best): the largest probability
         against the share of right answers in 15 bins of equal width, weighted by their images.
-        The fewer the images, the more of it is chance, so it gets no interval.
+        The fewer the images, the more of it is chance, so methods are not compared by it.
     """
     values = {}
     for metric in SCORES:
         value = _influence(labels, scores, metric)[0]
         values[metric] = None if np.isnan(value) else float(value)
+    confidence = scores.max(1)
+    bins = np.ceil(confidence * ECE_BINS).astype(int)
+    gaps = np.bincount(bins, (scores.argmax(1) == labels) - confidence)
+    values["ECE"] = float(abs(gaps).sum() / len(labels))
     return values
 
 
@@ -1688,7 +1654,7 @@ def score_interval(labels, scores, metric="AUC", *, patients=""):
     value, moves, size = _measure(labels, scores, patients, metric)
     if np.isnan(value) or size < 2:
         return None
-    return _share_interval(np.array([value]), moves[None], size)
+    return _share_interval(value, moves[None], size)
 
 
 @np.errstate(invalid="ignore")  # 0 / 0 is NaN: a score that needs a class without images
@@ -1718,12 +1684,6 @@ def _influence(labels, scores, metric):
         a = hits.any(1)  # ACC, and F1 over all classes at once, which is the same
         if metric == "Brier":
             a = ((scores - truth) ** 2).sum(1) / 2
-        elif metric == "ECE":
-            confidence = scores.max(1)
-            gaps = a - confidence
-            bins = np.ceil(confidence * ECE_BINS).astype(int)
-            signs = np.sign(np.bincount(bins, gaps))
-            a = gaps * signs[bins]  # their mean is the sum over bins of |gap| / N
         a = a[:, None]
         b = np.ones_like(a)
     ratios = a.sum(0) / b.sum(0)
@@ -1758,18 +1718,16 @@ def _measure(labels, scores, patients, metric):
     """Return a score, by how much each test unit moves it (U,), and how many units count.
 
     A unit is a patient where known, else an image. A mean over images knows as much as all
-    units, any other score as those of the rarest class; ECE, partly chance, as none.
+    units, any other score as those of the rarest class.
     """
     check_choice(metric, SCORES, "metric")
     units = pd.Series(patients, range(len(labels)), dtype=object)
-    units = units.where(units != "", units.index.to_numpy()).factorize()[0]
+    units = units.where(units != "", units.index)
     value, moves = _influence(labels, scores, metric)
-    moves = np.bincount(units, moves)
-    size = pd.Series(units).groupby(labels).nunique().min()
+    moves = np.bincount(units.factorize()[0], moves)
+    size = units.groupby(labels).nunique().min()
     if metric in ("ACC", "Brier"):
         size = len(moves)
-    elif metric == "ECE":
-        size = 0
     return value, moves, size
 
 
@@ -1781,7 +1739,7 @@ def _spread(values, moves, size):
     the mean of Student's for both, weighted by variance (Cochran and Cox 1957).
 
     Args:
-        values: (n,) scores or differences of scores.
+        values: (n,) scores or differences of scores; of a single run, one number will do.
         moves: (n, U) by how much each patient or image moves them (patients: Obuchowski 1997).
         size: how many of the units count, see `_measure`.
     """
@@ -1874,35 +1832,27 @@ def load_runs(*folders):
             run = load_run(path.parent)
         except Exception as error:  # damaged files raise anything
             raise ValueError(
-                f"{path.parent.name} can't be read ({error}). If it is damaged, delete that folder "
-                "and run the study again: this run is done anew."
+                f"{path.parent.name} can't be read ({error}): delete that folder and run it again."
             ) from error
-        row = {**run.metrics, **run.config, "folder": run.folder}
+        row = {**run.metrics, **run.config, "folder": run.folder, "run": run}
         row["labels"] = f"{100 * row['label_fraction']:g} %"
         if row["labels_per_class"]:
             row["labels"] = f"{row['labels_per_class']} per class"
         rows.append(row)
     if not rows:
-        places = ", ".join(str(folder) for folder in folders)
-        raise FileNotFoundError(f"No finished runs in {places}: run a study first (notebook 05).")
+        raise FileNotFoundError(f"No finished run in {_few(folders)}: run a study (notebook 05).")
     return pd.DataFrame(rows)
 
 
 def _check_alike(settings, by):
     """Raise ValueError if the runs cannot stand in one comparison, naming what differs."""
-    if settings["stamp"].nunique() > 1:
-        raise ValueError(
-            "These runs mix DEMO, SHORT or real ones, which are never compared with each other. "
-            "Keep each kind in a study of its own."
-        )
-    settings.loc[settings["weights_redrawn"], "weights_fingerprint"] = "of the seed"
+    if settings.stamp.nunique() > 1:
+        raise ValueError("These runs mix DEMO, SHORT or real ones: keep each in its own study.")
+    settings.loc[settings.weights_redrawn, "weights_fingerprint"] = "of the seed"
     settings = settings.astype(str)
-    for column in by:
-        check_choice(column, settings.columns, "by")
-    common = settings.columns.difference(MAY_DIFFER)
     cell = ["dataset", "labels", "seed"]
     for keys, columns in (
-        (["dataset"], common),
+        (["dataset"], settings.columns.difference(MAY_DIFFER)),
         (["dataset", "method"], OF_A_METHOD),
         (cell, ["subset_fingerprint"]),
         ([*cell, "method"], ["folder"]),
@@ -1918,14 +1868,12 @@ def _check_alike(settings, by):
 
 
 def _pool_patients(labels, scores, patients):
-    """Return labels and mean probabilities of the known patients, each of them one unit."""
+    """Return labels, mean probabilities and names of the known patients (of each label of one)."""
     means = pd.DataFrame(scores).groupby([patients, labels]).mean().drop("", errors="ignore")
-    if means.empty or means.index.get_level_values(0).has_duplicates:
-        raise ValueError(
-            "No patient is known, or images of one patient carry different labels. "
-            "Compare per image."
-        )
-    return means.index.get_level_values(1).to_numpy(), means.to_numpy(), ""
+    if means.empty:
+        raise ValueError("No patient is known: compare per image.")
+    names, labels = zip(*means.index, strict=True)
+    return np.array(labels), means.to_numpy(), names
 
 
 def _subtract(runs, rule, keys):
@@ -1936,18 +1884,19 @@ def _subtract(runs, rule, keys):
         raise ValueError(f"No two runs have the same {', '.join(keys)}, one of them with {rule}.")
     for column in ("value", "moves"):
         pairs[column] -= pairs[f"{column}_partner"]
-    pairs["weights_fingerprint"] += pairs["weights_fingerprint_partner"]
+    pairs["weights_fingerprint"] += pairs.weights_fingerprint_partner
     return pairs[runs.columns]
 
 
 def _summarise(runs, names, interval):
     """Return values, number, mean, sd and interval over what was drawn; NaN where undefined."""
     runs = runs.drop_duplicates(["draw", "weights_fingerprint", "subset_fingerprint"])
-    values, size = runs["value"], runs["size"].min()
+    values = runs.value
+    size = runs["size"].min()
     mean = values.mean(skipna=False)
     ends = [np.nan] * 3
     if len(runs) >= MIN_SEEDS and size > 1 and not np.isnan(mean):
-        ends = interval(values, np.stack(runs["moves"]), size)
+        ends = interval(values, np.stack(runs.moves), size)
     numbers = [tuple(values), len(runs), mean, values.std(), *ends]
     return pd.Series(numbers[: len(names)], names)
 
@@ -1972,7 +1921,7 @@ def compare_methods(runs, metric="AUC", *, control="random", loss=False, per="im
         patients (images where unknown); n seeds, their values, mean, sd, [low, high]; n_pairs,
         difference to the control with its sd, interval and p, and p_holm over all differences of
         this table (Holm 1979). NaN is undefined; an interval takes three seeds and two units of
-        each class (see `_measure`), and there is none for ECE.
+        each class (see `_measure`).
         `.attrs` has what was asked for, `describe_comparison` puts the table into words.
 
     Raises:
@@ -1980,43 +1929,42 @@ def compare_methods(runs, metric="AUC", *, control="random", loss=False, per="im
     """
     check_choice(per, ("image", "patient"), "per")
     done = runs.reset_index(drop=True)
-    loaded = [load_run(folder) for folder in done["folder"]]
-    settings = pd.DataFrame([run.config for run in loaded])
-    _check_alike(settings.join(done[["labels", "folder"]]), by)
+    _check_alike(done.drop(columns=["run", *done.run[0].metrics]), by)
     results = []
-    for run in loaded:
+    for run in done.run:
         tested = [run.predictions[name] for name in ("labels", "scores", "patients")]
         if per == "patient":
             tested = _pool_patients(*tested)
         results.append(_measure(*tested, metric))
     done[["value", "moves", "size"]] = pd.DataFrame(results)
-    done["n_test"] = done["moves"].map(len)
-    done["draw"] = done["seed"].where(done["recipe"] != "linear")
+    done["n_test"] = done.moves.map(len)
+    done["draw"] = done.seed.where(done.recipe != "linear")
     interval = _share_interval
     if loss:
         interval = _difference_interval
         done = _subtract(done, "labels == '100 %'", ["dataset", *by, "method", "seed"])
-        if metric not in ("Brier", "ECE"):  # these are errors: more is a loss
+        if metric != "Brier":  # an error: more of it is a loss
             done[["value", "moves"]] *= -1
     cell = ["dataset", *by, "labels"]
     keys = [*cell, "method"]
-    groups = done.groupby(keys, dropna=False)
-    pairs = _subtract(done, f"method == {control!r}", [*cell, "seed"]).groupby(keys, dropna=False)
+    groups = done.groupby(keys)
+    pairs = _subtract(done, f"method == {control!r}", [*cell, "seed"]).groupby(keys)
     table = groups[["name", "n_train", "n_test"]].first()
     table = table.join(groups.apply(_summarise, MEANS, interval))
     table = table.join(pairs.apply(_summarise, GAINS, _difference_interval))
     table = table.reset_index().sort_values(["dataset", *by, "n_train"], ignore_index=True)
-    p = table["p"].dropna().sort_values()
+    p = table.p.dropna().sort_values()
     table["p_holm"] = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
     table.attrs = {"metric": metric, "control": control, "loss": loss, "per": per, "by": by}
-    table.attrs["stamp"] = loaded[0].stamp
+    table.attrs |= {"stamp": done.stamp[0]}
     return table
 
 
 def describe_comparison(table):
     """Say in plain words what a table of `compare_methods` shows, and what it does not show."""
     facts = table.attrs
-    control, subject = facts["control"], f"test {facts['metric']}"
+    control = facts["control"]
+    subject = f"test {facts['metric']}"
     if facts["loss"]:
         subject = f"loss of {subject} from 100 % of the labels to fewer"
     lines = [f"{facts['stamp']} {subject}, method minus {control}:".lstrip()]
@@ -2024,18 +1972,18 @@ def describe_comparison(table):
     for _, row in others.iterrows():
         where = ", ".join(row[["dataset", *facts["by"], "labels"]].astype(str))
         where = where.replace(" %", " % of the labels")
-        gain, low, high = row[["difference", "difference_low", "difference_high"]]
+        gain = f"{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]"
         answer = f"no difference from {control} shown"
-        if np.isnan(low):
+        if np.isnan(row.difference_low):
+            gain = f"{row.difference:+.3f}"
             answer = f"no interval, for want of {MIN_SEEDS} seeds, images or unequal scores"
-        elif row["p_holm"] < 2 * TAIL:
-            answer = f"higher than {control}" if gain > 0 else f"lower than {control}"
-        numbers = f"{gain:+.3f} [{low:+.3f}, {high:+.3f}]".replace(" [+nan, +nan]", "")
-        lines.append(f"- {where}: {row['name']} {answer}: {numbers}")
+        elif row.p_holm < 0.05:
+            answer = f"higher than {control}" if row.difference > 0 else f"lower than {control}"
+        lines.append(f"- {where}: {row['name']} {answer}: {gain}")
     lines.append(
         f"Brackets: 95 % intervals for new seeds and new test images, each by itself. Higher or "
         f"lower: p < 0.05 after Holm's correction for {others['p'].count()} comparisons. What is "
-        "not shown may still be there, as large as its interval allows. Brier and ECE are errors."
+        "not shown may still be there, as large as its interval allows. Of Brier, less is better."
     )
     if facts["stamp"] == "DEMO":
         lines.append(f"A demo's numbers tell nothing about {', '.join(METHODS)}.")
@@ -2051,58 +1999,56 @@ LOADING = {"method": "random", "weights": "stand-in", "dataset": "phantom", "rec
 LOADING |= {"data_dir": "data", "checkpoints_dir": "checkpoints"}
 LABELS = {"label_fraction": 1.0, "labels_per_class": None, "seed": 0}
 RUN = {"study": "study", "runs_dir": "runs", "device": "auto", "keep_best": False}
+NETWORK = itemgetter("seed", "method")  # cells with the same ones share a network
 BUSY_SECONDS = 2.0  # between two looks at a run that another process is writing
 _one_at_a_time = threading.Lock()  # two runs at once in a process would share its random state
 
 
-# Neighbouring cells share data and network; `moment` tells a study from one on older files
-_load_data_once = functools.lru_cache(maxsize=1)(lambda moment, **options: load_data(**options))
-_load_backbone_once = functools.lru_cache(maxsize=1)(
-    lambda moment, **options: load_backbone(**options)
-)
+@functools.lru_cache(maxsize=2)  # neighbouring cells share data and network
+def _load_once(load, moment, **options):
+    """Call `load` with the options; `moment` tells a study from one on older files."""
+    return load(**options)
 
 
 def _study_cells(grid, fixed):
-    """Return a dictionary a run: its settings, whether it is done, and in how many seconds."""
+    """Return a dictionary a run: its settings, whether it is done, and in how many seconds.
+
+    Raises:
+        ValueError: a setting of the wrong type, or data or labels that are not to be had.
+    """
     defaults = LOADING | LABELS | RUN
-    for name in (*grid, *fixed):
-        check_choice(name, [*defaults, *FineTuneConfig.__dataclass_fields__], "setting")
     for name, values in grid.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or name in fixed:
-            raise ValueError(f"{name} is {values!r}; give a list, in the grid alone: [{values!r}].")
+        if not isinstance(values, (list, tuple, range)):
+            raise ValueError(f"{name} is {values!r}; a grid takes a list: [{values!r}].")
     cells, moment = [], time.time_ns()
     for values in itertools.product(*grid.values()):
-        changes = {**defaults, **fixed, **dict(zip(grid, values, strict=True))}
-        cell = {**changes, "status": "to do", "seconds": math.nan, "error": ""}
-        for name in defaults:
-            del changes[name]  # what is left are the recipe's
-        for name in ("label_fraction", "seed"):
-            cell[name] = _typed(name, cell[name], LABELS[name])
+        cell = defaults | dict(**fixed, **dict(zip(grid, values, strict=True)))
+        changes = {name: cell[name] for name in cell if name not in defaults}  # of the recipe
         check_choice(cell["method"], (*CHECKPOINTS, *CONTROLS), "method")
         check_choice(cell["weights"], SOURCES, "weights")
-        cell["config"] = FineTuneConfig.named(cell["recipe"], cell["dataset"], **changes)
-        cell["data"] = {name: cell[name] for name in ("dataset", "data_dir")}
-        cell["data"] |= {"image_size": cell["config"].image_size, "moment": moment}
-        cell["backbone"] = {name: cell[name] for name in ("method", "weights", "seed")}
-        cell["backbone"] |= {"folder": cell["checkpoints_dir"], "moment": moment}
+        for name in ("label_fraction", "seed"):
+            cell[name] = _typed(name, cell[name], LABELS[name])
+        config = FineTuneConfig.named(cell["recipe"], cell["dataset"], **changes)
+        cell |= {"config": config, "status": "to do", "seconds": math.nan, "error": ""}
+        cell["data"] = {"image_size": config.image_size, "moment": moment}
+        cell["data"] |= {name: cell[name] for name in ("dataset", "data_dir")}
+        cell["backbone"] = {"folder": cell["checkpoints_dir"], "moment": moment}
+        cell["backbone"] |= {name: cell[name] for name in ("method", "weights", "seed")}
         cells.append(cell)
-    return sorted(cells, key=lambda cell: (cell["seed"], cell["method"]))  # a network's together
-
-
-def _find_results(cells):
-    """Note in each cell whether its run is done; ValueError for data or labels not to be had."""
+    cells.sort(key=NETWORK)
     for cell in cells:
         labels = {name: cell[name] for name in LABELS}
-        data = _load_data_once(**cell["data"])
+        data = _load_once(load_data, **cell["data"])
         label_subset(data.train, **labels)
         study = Path(cell["runs_dir"], cell["study"]).expanduser()
         if study.exists():
-            _, report = _load_backbone_once(**cell["backbone"])
+            _, report = _load_once(load_backbone, **cell["backbone"])
             settings, _ = plan_run(report, data, cell["config"], **labels)
             metrics = study / run_name(settings) / "metrics.json"
             if metrics.exists():
                 cell["status"] = "done"
                 cell["seconds"] = json.loads(metrics.read_text())["seconds"]
+    return cells
 
 
 def _study_table(cells, grid):
@@ -2128,7 +2074,6 @@ def plan_study(grid, **fixed):
         ValueError: a setting, method or data set that is not known, or of the wrong type.
     """
     cells = _study_cells(grid, fixed)
-    _find_results(cells)
     return _study_table(cells, grid)
 
 
@@ -2141,8 +2086,8 @@ def _run_cells(cells, here, checkpoints):
         options = {name: cell[name] for name in (*LABELS, *RUN)}
         try:
             with _one_at_a_time:
-                data = _load_data_once(**cell["data"])
-                backbone = _load_backbone_once(**cell["backbone"])
+                data = _load_once(load_data, **cell["data"])
+                backbone = _load_once(load_backbone, **cell["backbone"])
                 fine_tune(*backbone, data, cell["config"], on_epoch=len, **options)
         except BusyError:  # another process is at it: look again when the others are done
             waiting.append(cell)
@@ -2188,22 +2133,18 @@ def run_study(grid, *, executor=None, workers=0, **fixed):
     from tqdm.auto import tqdm
 
     cells = _study_cells(grid, fixed)
-    _find_results(cells)
     print(_study_table(cells, grid).attrs["summary"], flush=True)
-    groups = {}
-    for cell in cells:
-        if cell["status"] != "done":
-            groups.setdefault((cell["seed"], cell["method"]), []).append(cell)
-    jobs, alone = list(groups.values()), []
+    left = [cell for cell in cells if cell["status"] != "done"]
+    jobs = [list(job) for _, job in itertools.groupby(left, NETWORK)]
+    alone = []
     pool = executor
-    bar = tqdm(total=sum(map(len, jobs)), desc="runs")
     try:
         while jobs or alone:
             batch = jobs or [alone.pop()]
             if executor is None and workers > 1:
                 pool = get_reusable_executor(workers)
             killed = []
-            for job, errors in _work_off(batch, pool):
+            for job, errors in tqdm(_work_off(batch, pool), total=len(batch)):
                 if isinstance(errors, Exception):
                     if len(batch) + len(job) > 2:
                         killed.append(job)
@@ -2212,14 +2153,12 @@ def run_study(grid, *, executor=None, workers=0, **fixed):
                 for cell, error in zip(job, errors, strict=True):
                     cell["status"] = "failed" if error else "done"
                     cell["error"] = error
-                bar.update(len(job))
             # a dead worker takes the others along; those that ran come first, one is to blame
             killed.sort(key=batch.index)
             suspects = workers or len(killed)
             alone += [[cell] for job in killed[:suspects] for cell in job]
             jobs = killed[suspects:]
     finally:
-        bar.close()
         if pool is not executor:
             pool.shutdown(kill_workers=True)
     return _study_table(cells, grid)
@@ -2240,15 +2179,14 @@ def plot_images(images, titles, *, columns=6, title=""):
     """Return a figure of images (N, H, W) or (N, H, W, 3), 0..255, in a grid, a title over each."""
     from matplotlib import pyplot as plt
 
-    rows = max(1, math.ceil(len(images) / columns))
-    size = (1.6 * columns, 1.8 * rows + 0.3)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, text in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-        axis.set_title(text, fontsize=8)
+    rows = math.ceil(len(images) / columns)
+    figure = plt.figure(figsize=(1.6 * columns, 1.8 * rows + 0.3), layout="constrained")
     figure.suptitle(title, fontsize=10)
+    for place, image in enumerate(images):
+        axis = figure.add_subplot(rows, columns, place + 1)
+        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
+        axis.set_title(titles[place], fontsize=8)
+        axis.axis("off")
     plt.close(figure)  # a notebook shows the figure that a cell ends with, once
     return figure
 
@@ -2258,6 +2196,23 @@ def plot_images(images, titles, *, columns=6, title=""):
 # =============================================================================
 
 PLANTED = ("BYOL", "SparK")  # stand-ins that share one trained backbone; the others' are random
+_HEAD = "0.weight 1.weight 1.bias 1.running_mean 1.running_var 1.num_batches_tracked".split()
+_HEAD += ["3.weight", "3.bias"]
+_MLP = ("0.weight", "0.bias", "2.weight", "2.bias")
+_QUEUES = ("queue", "queue_ptr", "val_queue", "val_queue_ptr")
+_ENCODER = ()  # the backbone's own names
+BESIDE = {  # layout -> what stands beside its backbone
+    "BYOL": {
+        "online_network.projector.model.": _HEAD,
+        "online_network.predictor.model.": _HEAD,
+        "target_network.encoder.": _ENCODER,
+        "target_network.projector.model.": _HEAD,
+        "target_network.predictor.model.": _HEAD,
+    },
+    "SwAV": {"model.projection_head.": ["0.bias", *_HEAD], "model.prototypes.": ["weight"]},
+    "MoCo": {"encoder_q.fc.": _MLP, "encoder_k.": _ENCODER, "encoder_k.fc.": _MLP, "": _QUEUES},
+    "SparK": {},
+}
 
 
 def write_demo_checkpoint(method, folder):
@@ -2267,9 +2222,8 @@ def write_demo_checkpoint(method, folder):
     tensors have one element. A mark in the wrapper keeps it from passing as published. MoCo's has
     the MLP head, on which the authors' snippet runs.
     """
-    check_choice(method, CHECKPOINTS, "method")
     path = Path(folder).expanduser() / CHECKPOINTS[method].filename
-    with _locked(path.with_name(f".{path.name}.lock")):
+    with _locked(path):
         if path.exists():
             return path
         if method in PLANTED:
@@ -2277,44 +2231,22 @@ def write_demo_checkpoint(method, folder):
         else:
             backbone = _new_resnet50().state_dict()
         layout = CHECKPOINTS[method].layout
-        state = OrderedDict(_demo_state(layout, backbone))
-        wrapper = {"arch": "resnet50", "module": state, "is_pretrain": True}
-        if layout != "SparK":  # the others are saved by Lightning 1.6
-            wrapper = {"epoch": 1, "pytorch-lightning_version": "1.6.5", "state_dict": state}
-            wrapper |= {"optimizer_states": [], "hyper_parameters": {}}
+        prefix = PREFIXES[layout][0]
+        state = OrderedDict((prefix + name, tensor) for name, tensor in backbone.items())
+        for start, names in BESIDE[layout].items():
+            for name in names or backbone:
+                counter = name.endswith(("num_batches_tracked", "ptr"))
+                state[start + name] = torch.zeros(1, dtype=torch.long if counter else torch.float)
+        wrapper = {"pytorch-lightning_version": "1.6.5", "epoch": 1, "state_dict": state}
+        if layout == "SparK":
+            wrapper = {"arch": "resnet50", "module": state, "is_pretrain": True}
         wrapper[STAND_IN_MARK] = "planted" if method in PLANTED else "random"
-        with _atomic(path) as temporary, open(temporary, "wb") as file:
-            torch.save(wrapper, file)  # not to a path, whose name would go into the file
+        with _atomic(path) as file:
+            torch.save(wrapper, file)
     return path
 
 
 SOURCES["stand-in"] = write_demo_checkpoint
-DEMO_HEAD = "0.weight 1.weight 1.bias 1.running_mean 1.running_var 1.num_batches_tracked".split()
-DEMO_HEAD += ["3.weight", "3.bias"]
-
-
-def _demo_state(layout, backbone):
-    """A method's state_dict around a backbone."""
-    prefix = LAYOUTS[layout].prefixes[0]
-    state = {prefix + name: backbone[name] for name in backbone}
-    others = []
-    if layout == "BYOL":
-        others += [f"target_network.encoder.{name}" for name in backbone]
-        for network in ("online_network", "target_network"):
-            for head in ("projector", "predictor"):
-                others += [f"{network}.{head}.model.{name}" for name in DEMO_HEAD]
-    elif layout == "SwAV":
-        others += [f"model.projection_head.{name}" for name in ("0.bias", *DEMO_HEAD)]
-        others.append("model.prototypes.weight")
-    elif layout == "MoCo":
-        others += [f"encoder_k.{name}" for name in backbone]
-        others += ["queue", "queue_ptr", "val_queue", "val_queue_ptr"]
-        for name in ("fc.0.weight", "fc.0.bias", "fc.2.weight", "fc.2.bias"):
-            others += [f"encoder_q.{name}", f"encoder_k.{name}"]
-    for name in others:
-        counter = name.endswith(("num_batches_tracked", "ptr"))
-        state[name] = torch.zeros(1, dtype=torch.int64 if counter else torch.float32)
-    return state
 
 
 def _planted_state(folder):
@@ -2323,9 +2255,9 @@ def _planted_state(folder):
 
     start = load_backbone("random", seed=600)  # no control of a study starts there
     config = FineTuneConfig.named("demo", epochs=3)
-    options = {"study": "planted", "runs_dir": folder, "on_epoch": len, "seed": 600}
-    with _locked(folder / ".planted.lock"):
-        run = fine_tune(*start, demo_data(600, n_train=600), config, **options)
+    data = demo_data(600, n_train=600)
+    with _locked(folder / "planted"):
+        run = fine_tune(*start, data, config, runs_dir=folder, on_epoch=len, seed=600)
     state = load_file(run.folder / "best.safetensors")
     return {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
 
@@ -2334,7 +2266,7 @@ def demo_data(seed=0, *, n_train=240, n_val=48, n_test=120, image_size=32):
     """Draw CT-like axial chest slices; class 1 has hazy patches in the lungs.
 
     A patient has two slices and stays in one part; classes are balanced. Brightness hints at the
-    class (AUC of the mean .57 to .63, of the best percentile .74 to .83); to score above that, a
+    class (AUC of the mean .50 to .53, of the best percentile .78 to .81); to score above that, a
     network has to see the patches.
 
     Args:
@@ -2347,11 +2279,9 @@ def demo_data(seed=0, *, n_train=240, n_val=48, n_test=120, image_size=32):
     for part, n in zip(PARTS, (n_train, n_val, n_test), strict=True):
         patients = [f"{part}-patient{i // 2:03d}" for i in range(n)]
         ids = [f"{patients[i]}-slice{i % 2}" for i in range(n)]
-        images = np.zeros((n, image_size, image_size), np.uint8)
-        for i in range(n):
-            images[i] = _draw_slice([seed, *patients[i].encode()], i, image_size)
+        images = [_draw_slice([seed, *patients[i].encode()], i, image_size) for i in range(n)]
         labels = np.arange(n) // 2 % 2
-        parts[part] = Split(images, labels, np.array(ids, str), np.array(patients, str))
+        parts[part] = Split(np.stack(images), labels, np.array(ids), np.array(patients))
     source = f"CT-like slices drawn by demo_data(seed={seed}): no real patient, no licence"
     classes = ("clear lungs", "opacities")
     return DataSplits("phantom", **parts, class_names=classes, source=source, demo=True)
@@ -2367,26 +2297,20 @@ def _draw_slice(patient, i, size):
     """Draw image `i` of a part, (size, size) uint8; `patient` is the seed of both its slices."""
     body = np.random.default_rng(patient)
     grain = np.random.default_rng([*patient, i])
-    axis = np.linspace(-1, 1, size) * (1 - 0.03 * (i % 2))
+    axis = np.linspace(-1, 1, size)
     x, y = np.meshgrid(axis, axis)
-    width, height, heart = body.uniform([0.75, 0.55, 0.15], [0.95, 0.75, 0.35])
-    tissue, air, haze = body.uniform([140, 30, 105], [170, 90, 145])
+    width, height = body.uniform([0.75, 0.55], [0.95, 0.75])
     lungs = _oval(abs(x) - 0.5 * width, y, 0.36 * width, 0.75 * height)
-    lungs *= 1 - _oval(x - 0.1, y + 0.2 * height, heart, heart)
-    spine = _oval(x, y - 0.65 * height, 0.13, 0.11)
-    chest = tissue * _oval(x, y, width, height) + 80 * spine
 
     # vessels as bright as the patches, and many, so that brightness says little
     right, down = body.uniform(-0.75, 0.75, (2, body.integers(20, 90), 1, 1))
-    vessels = body.uniform(60, 140) * _oval(x - right, y - down, 0.03, 0.03).max(0)
-    right = body.uniform(0.3, 0.5, (4, 1, 1))
-    down = body.uniform(-0.3, 0.5, (4, 1, 1))
-    right[::2] *= -1  # two patches in each lung
-    haze *= lungs * _oval(x - right, y - down, 0.2, 0.18).max(0)
+    vessels = 100 * _oval(x - right, y - down, 0.03, 0.03).max(0)
+    right, down = body.uniform(-0.6, 0.6, (2, 8, 1, 1))
+    haze = 125 * lungs * _oval(x - right, y - down, 0.2, 0.2).max(0)
     haze *= grain.uniform(0.2, 1.8, (size, size))
-    if i // 2 % 2 == 0:  # clear lungs: a part of that brightness, but evenly
-        haze = 0.4 * haze.sum() / lungs.sum()
-    inside = (air + vessels + haze).clip(0, tissue)
-    image = chest * (1 - lungs) + inside * lungs
+    if i // 2 % 2 == 0:  # clear lungs: most of that brightness, but evenly
+        haze = 0.6 * haze.sum() / lungs.sum()
+    inside = (60 + vessels + haze).clip(0, 155)
+    image = 155 * _oval(x, y, width, height) * (1 - lungs) + inside * lungs
     image = body.uniform(0.85, 1.15) * image + grain.normal(0, 5, (size, size))
     return image.clip(0, 255).astype(np.uint8)

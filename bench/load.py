@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    print(f"{medssl.describe_environment('cpu')}, median of {rounds}\n")
+    print(f"{medssl.describe_environment()}, median of {rounds}\n")
     print("| file | way | ms | times as fast as the snippet |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for method, path in write_files(Path(folder)).items():

@@ -56,7 +56,7 @@ def main() -> None:
             began = time.perf_counter()
             medssl.load_backbone("BYOL", folder=Path(folder, f"checkpoints{threads}"))
             seconds = time.perf_counter() - began
-            print(medssl.describe_environment("cpu"), f"planted in {seconds:.0f} s", flush=True)
+            print(medssl.describe_environment(), f"planted in {seconds:.0f} s", flush=True)
             for demo_seed in options.seeds:
                 table, seconds = compare(Path(folder), demo_seed, threads)
                 columns = ["name", "n_train", "mean", "sd", "difference", "p_holm"]

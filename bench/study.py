@@ -65,7 +65,7 @@ def time_plan(runs: int) -> dict:
 
 
 def main() -> None:
-    print(medssl.describe_environment("cpu"), "load", os.getloadavg()[0])
+    print(medssl.describe_environment(), "load", os.getloadavg()[0])
     measure(write_marks, 0)  # imports and phantoms: not timed
     rows = {
         "40 empty runs in this process": measure(write_marks, 0),
