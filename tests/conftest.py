@@ -1,4 +1,4 @@
-"""What the test files share: one thread, no network, stand-ins and phantoms made once."""
+"""What the test files share: one thread, no network, stand-ins made once."""
 
 import os
 import shutil
@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import medssl_utils as medssl
-
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 torch.set_num_threads(1)  # two threads collapse where a neighbour is busy
 
 
@@ -31,23 +30,13 @@ def no_network():
 
 @pytest.fixture(scope="session")
 def stand_ins(tmp_path_factory) -> Path:
-    """The checkpoints folder of this session, shared by all its processes.
-
-    `load_backbone(method, folder=stand_ins)` writes a stand-in when it is first asked for, under a
-    lock, so that the planted backbone is trained once. No test may change a file in it.
-    """
+    """The checkpoints folder of all processes; `load_backbone` writes in it, a test may not."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # each process has a folder of its own in there
     folder = folder / "checkpoints"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def phantoms() -> medssl.DataSplits:
-    """Phantoms, few and small for speed."""
-    return medssl.demo_data(n_train=80, n_val=40, n_test=80, image_size=32)
 
 
 @pytest.fixture(scope="module")

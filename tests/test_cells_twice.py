@@ -2,21 +2,18 @@
 
 import copy
 import re
-from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
-
-NOTEBOOKS = sorted(Path(__file__).resolve().parent.parent.glob("notebooks/*.ipynb"))
+from conftest import NOTEBOOKS
 
 # Small for speed: it says nothing about a method, but runs every cell. Each is given what it has.
 SMALL = {"epochs": 1, "seeds": [0, 1, 2], "label_fractions": [0.1, 1.0], "label_fraction": 0.2}
 TIMES = re.compile(r"\d+(\.\d+)? ?(ms|s|min|minutes|seconds)\b|\d+:\d\d|0x[0-9a-f]+")
 
 
-def results(cell: nbformat.NotebookNode) -> list[str]:
-    """What a cell returned, as text without times."""
+def texts_without_times(cell: nbformat.NotebookNode) -> list[str]:
     returned = [output.data for output in cell.outputs if output.output_type == "execute_result"]
     return [TIMES.sub("…", data.get("text/plain", "")) for data in returned]
 
@@ -32,12 +29,11 @@ def test_every_cell_runs_twice_with_the_same_result(path, workbook):
     nbformat.write(notebook, doubled)
     names = papermill.inspect_notebook(doubled)
     given = {name: value for name, value in SMALL.items() if name in names}
-    done = papermill.execute_notebook(
-        doubled, None, given, cwd=workbook / "notebooks", progress_bar=False
-    )
-    cells = [cell for cell in done.cells if cell.cell_type == "code"]
-    pairs = {cell.id: cell for cell in cells}
+    options = {"cwd": workbook / "notebooks", "progress_bar": False}
+    executed = papermill.execute_notebook(doubled, None, given, **options)
+    done = {cell.id: cell for cell in executed.cells}
     for cell in again:
         if cell.cell_type == "code" and "plan_study" not in cell.source:  # what is left changes
-            second, first = pairs[cell.id], pairs[cell.id.removeprefix("again-")]
-            assert results(first) == results(second), cell.source
+            first = done[cell.id.removeprefix("again-")]
+            second = done[cell.id]
+            assert texts_without_times(first) == texts_without_times(second), cell.source

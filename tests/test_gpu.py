@@ -14,43 +14,40 @@ PRECISIONS = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return medssl.load_backbone("random")
+def start():
+    return *medssl.load_backbone("random"), medssl.demo_data()
 
 
-def run(backbone, folder, precision, **changes):
-    data = medssl.demo_data()
+def run(start, folder, precision, **changes):
     config = medssl.FineTuneConfig.named("demo", precision=precision, **changes)
-    return medssl.fine_tune(*backbone, data, config, runs_dir=folder, device=DEVICE)
+    return medssl.fine_tune(*start, config, runs_dir=folder, device=DEVICE)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_same_seed_gives_the_same_bits(backbone, tmp_path, precision):
+def test_same_seed_gives_the_same_bits(start, tmp_path, precision):
     changes = {"augment": "affine", "epochs": 2}
-    one, two = (run(backbone, tmp_path / name, precision, **changes) for name in ("one", "two"))
+    one, two = (run(start, tmp_path / name, precision, **changes) for name in ("one", "two"))
     weights, again = (load_file(each.folder / "best.safetensors") for each in (one, two))
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights.items())
 
 
-def test_every_precision_learns_the_phantoms_as_well(backbone, tmp_path):
-    """Test AUC above .85 and within .08; the test itself is scored in fp32."""
-    scores = [run(backbone, tmp_path, precision).metrics["AUC"] for precision in PRECISIONS]
+def test_every_precision_learns_the_phantoms_as_well(start, tmp_path):
+    scores = [run(start, tmp_path, precision).metrics["AUC"] for precision in PRECISIONS]
     assert min(scores) > 0.85 and max(scores) - min(scores) < 0.08, scores
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only CUDA says when a step waits")
-def test_no_step_waits_for_the_gpu(backbone, monkeypatch):
-    """Between the first step and the last, a question to the GPU is an error."""
-    data = medssl.demo_data()
+def test_no_step_waits_for_the_gpu(start, monkeypatch):
+    backbone, report, data = start
     config = medssl.FineTuneConfig.named("demo", augment="affine")
-    model = medssl.add_head(backbone[0], 2, 0).to("cuda", memory_format=torch.channels_last)
+    model = medssl.add_head(backbone, 2, 0).to("cuda", memory_format=torch.channels_last)
     images, labels = (torch.as_tensor(x).cuda() for x in (data.train.images, data.train.labels))
-    preprocessing = medssl.preprocessing_for(config, data, backbone[1])
+    preprocessing = medssl.preprocessing_for(config, data, report)
     work = (model, images, labels, medssl.make_optimizer(model, config), config, preprocessing)
     augment, steps = medssl.augment_batch, []
 
     def watch(*args):
-        steps.append(args)
+        steps.append(args)  # between the first and the last, a question to the GPU is an error
         torch.cuda.set_sync_debug_mode("error" if len(steps) < 15 else "default")
         return augment(*args)
 

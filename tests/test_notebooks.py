@@ -1,12 +1,10 @@
 """Every notebook runs as committed: nbval over the seven, each reading what the others left."""
 
 import sys
-from pathlib import Path
 
 import psutil
 import pytest
-
-NOTEBOOKS = sorted(Path(__file__).resolve().parent.parent.glob("notebooks/*.ipynb"))
+from conftest import NOTEBOOKS
 
 
 def memory(process: psutil.Process) -> int:

