@@ -42,6 +42,10 @@ SHOWN = """
     const output = node.querySelector(".jp-Cell-outputArea");
     return output.innerText + [...output.querySelectorAll("img")].map(image => image.src).join();
 """
+PRESS = """
+    const node = window.jupyterapp.shell.currentWidget.content.widgets[arguments[0]].node;
+    node.querySelectorAll("button.widget-button").forEach(button => button.click());
+"""
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +128,7 @@ def test_a_notebook_runs_from_the_menu_and_its_widgets_follow(name, lab):
                 Select(control).select_by_index(1)
             else:
                 control.send_keys(Keys.ARROW_DOWN)  # a lower number
+            browser.execute_script(PRESS, cell)
             wait_for(
                 browser,
                 lambda s, i=cell, b=before: browser.execute_script(SHOWN, i) != b,

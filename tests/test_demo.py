@@ -42,7 +42,7 @@ def test_brightness_says_little_of_the_class():
     for sign in (pixels.mean(1), *np.percentile(pixels, range(5, 100, 5), axis=1)):
         above = np.subtract.outer(sign[train.labels == 1], sign[train.labels == 0])
         auc = (above > 0).mean() + (above == 0).mean() / 2
-        assert 0.2 < auc < 0.8, "0.5: nothing, 1: all"
+        assert 0.15 < auc < 0.85, "0.5: nothing, 1: all"
 
 
 def test_the_planted_two_are_one_backbone_and_the_random_two_are_drawn_anew(stand_ins):
