@@ -123,7 +123,7 @@ def _sha256(*chunks):
 
 def _few(names, most=5):
     """Join the first names of a list for a message, and count the rest."""
-    names = [str(name)[:80] for name in names]
+    names = [str(name)[:200] for name in names]
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
 
@@ -1840,7 +1840,8 @@ def load_runs(*folders):
             row["labels"] = f"{row['labels_per_class']} per class"
         rows.append(row)
     if not rows:
-        raise FileNotFoundError(f"No finished run in {_few(folders)}: run a study (notebook 05).")
+        places = ", ".join(str(folder) for folder in folders)
+        raise FileNotFoundError(f"No finished run in {places}: run a study (notebook 05).")
     return pd.DataFrame(rows)
 
 
