@@ -116,7 +116,7 @@ def main():
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--freeze-epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=min(10, os.cpu_count() or 1))
     device = medssl.pick_device()
     if device.type == "cuda":  # as many images as COVID-CT has, a fifth of the paper's epochs
