@@ -1722,7 +1722,7 @@ def _measure(labels, scores, patients, metric):
     """
     check_choice(metric, SCORES, "metric")
     units = pd.Series(patients, range(len(labels)), dtype=object)
-    units = units.where(units != "", units.index)
+    units = units.where(units != "", units.index.to_numpy())  # pandas 2.2 takes no Index
     value, moves = _influence(labels, scores, metric)
     moves = np.bincount(units.factorize()[0], moves)
     size = units.groupby(labels).nunique().min()
