@@ -220,7 +220,7 @@ LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 DOWNLOAD_TIMEOUT = 60.0  # seconds of silence that end one of four attempts
 
 
-def download_checkpoint(method, folder="checkpoints", *, quiet=False):
+def download_checkpoint(method, folder="checkpoints"):
     """Return the path of the published file of `method` in `folder`; fetch it if it is not there.
 
     Only a whole, checked file gets its name; a cut transfer is taken up by the next call. Two calls
@@ -247,7 +247,7 @@ def download_checkpoint(method, folder="checkpoints", *, quiet=False):
                     warnings.warn(f"{target}: {problem}; set aside as .bad", stacklevel=2)
             transfer.parent.mkdir(exist_ok=True)
             transfer.unlink(missing_ok=True)  # what an earlier call fetched, and refused
-            gdown.download(url, str(transfer), quiet=quiet, resume=True, **options)
+            gdown.download(url, str(transfer), resume=True, **options)
             _check_file(transfer, target.parent)
             os.replace(transfer, target)
             transfer.parent.rmdir()
@@ -391,6 +391,8 @@ def _recognise(entries, items, own_prefix):
         for start in backbones:
             bare = start.removeprefix("module.")  # of DistributedDataParallel
             if evident and bare in PREFIXES[name] and not own_prefix:
+                if method != "ResNet50":
+                    raise CheckpointError(f"it holds the keys of two methods, {method} and {name}")
                 method, prefix = name, start
     return method, prefix, backbones.get(prefix, {})
 
@@ -1868,15 +1870,6 @@ def _check_alike(settings, by):
                     )
 
 
-def _pool_patients(labels, scores, patients):
-    """Return labels, mean probabilities and names of the known patients (of each label of one)."""
-    means = pd.DataFrame(scores).groupby([patients, labels]).mean().drop("", errors="ignore")
-    if means.empty:
-        raise ValueError("No patient is known: compare per image.")
-    names, labels = zip(*means.index, strict=True)
-    return np.array(labels), means.to_numpy(), names
-
-
 def _subtract(runs, rule, keys):
     """Subtract the runs of a rule from all others with the same keys."""
     partners = runs.query(rule)
@@ -1933,10 +1926,15 @@ def compare_methods(runs, metric="AUC", *, control="random", loss=False, per="im
     _check_alike(done.drop(columns=["run", *done.run[0].metrics]), by)
     results = []
     for run in done.run:
-        tested = [run.predictions[name] for name in ("labels", "scores", "patients")]
-        if per == "patient":
-            tested = _pool_patients(*tested)
-        results.append(_measure(*tested, metric))
+        labels, scores, patients = itemgetter("labels", "scores", "patients")(run.predictions)
+        if per == "patient":  # the mean over each known patient's images of one label
+            means = pd.DataFrame(scores).groupby([patients, labels]).mean()
+            means = means.drop("", errors="ignore")
+            if means.empty:
+                raise ValueError("No patient is known: compare per image.")
+            patients, labels = np.array(means.index.to_list(), dtype=object).T
+            scores = means.to_numpy()
+        results.append(_measure(labels.astype(int), scores, patients, metric))
     done[["value", "moves", "size"]] = pd.DataFrame(results)
     done["n_test"] = done.moves.map(len)
     done["draw"] = done.seed.where(done.recipe != "linear")
@@ -1948,8 +1946,8 @@ def compare_methods(runs, metric="AUC", *, control="random", loss=False, per="im
             done[["value", "moves"]] *= -1
     cell = ["dataset", *by, "labels"]
     keys = [*cell, "method"]
-    groups = done.groupby(keys)
-    pairs = _subtract(done, f"method == {control!r}", [*cell, "seed"]).groupby(keys)
+    groups = done.groupby(keys, dropna=False)
+    pairs = _subtract(done, f"method == {control!r}", [*cell, "seed"]).groupby(keys, dropna=False)
     table = groups[["name", "n_train", "n_test"]].first()
     table = table.join(groups.apply(_summarise, MEANS, interval))
     table = table.join(pairs.apply(_summarise, GAINS, _difference_interval))

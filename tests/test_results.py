@@ -95,6 +95,15 @@ def test_calibration_error_is_the_weighted_gap_of_its_bins():
     assert medssl.score(labels, scores)["ECE"] == pytest.approx(gap, abs=1e-12)
 
 
+def test_the_error_of_an_auc_is_delongs():
+    labels, scores = draw(0, 2)
+    ill, well = scores[labels == 1, 1], scores[labels == 0, 1]
+    wins = (ill[:, None] > well) + (ill[:, None] == well) / 2  # (ill, well), a tie counts half
+    moves = medssl._influence(labels, scores, "AUC")[1]
+    expected = wins.mean(1).var() / len(ill) + wins.mean(0).var() / len(well)
+    assert (moves**2).sum() == pytest.approx(expected, rel=1e-12)
+
+
 def test_errors_agree_with_a_bootstrap():
     ratios = simulate_studies.compare_errors(n_draws=300, n_sets=1)
     assert ratios.min(axis=None) > 0.9 and ratios.max(axis=None) < 1.1
@@ -260,6 +269,8 @@ def test_settings_stand_side_by_side_when_asked_for(tmp_path):
     write_study(tmp_path, lr=1e-4)
     table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["lr"])
     assert list(table["lr"]) == [1e-4, 1e-4, 1e-3, 1e-3]
+    table = medssl.compare_methods(medssl.load_runs(tmp_path), by=["lr", "labels_per_class"])
+    assert len(table) == 4, "a setting that is not set drops no run"
 
 
 @pytest.mark.parametrize("option", ["metric", "control", "per", "by"])

@@ -36,7 +36,7 @@ def _quick(monkeypatch):
 
 
 def fetch(folder: Path) -> bytes:
-    return medssl.download_checkpoint("BYOL", folder, quiet=True).read_bytes()
+    return medssl.download_checkpoint("BYOL", folder).read_bytes()
 
 
 def start_fetching(folder: Path, fault: str) -> multiprocessing.Process:
