@@ -1928,12 +1928,11 @@ def compare_methods(runs, metric="AUC", *, control="random", loss=False, per="im
     for run in done.run:
         labels, scores, patients = itemgetter("labels", "scores", "patients")(run.predictions)
         if per == "patient":  # the mean over each known patient's images of one label
-            means = pd.DataFrame(scores).groupby([patients, labels]).mean()
-            means = means.drop("", errors="ignore")
-            if means.empty:
+            mean = pd.DataFrame(scores).groupby([patients, labels]).mean().drop("", errors="ignore")
+            if mean.empty:
                 raise ValueError("No patient is known: compare per image.")
-            patients, labels = np.array(means.index.to_list(), dtype=object).T
-            scores = means.to_numpy()
+            patients, labels = np.array(mean.index.to_list(), dtype=object).T
+            scores = mean.to_numpy()
         results.append(_measure(labels.astype(int), scores, patients, metric))
     done[["value", "moves", "size"]] = pd.DataFrame(results)
     done["n_test"] = done.moves.map(len)
@@ -2038,7 +2037,7 @@ def _study_cells(grid, fixed):
     for cell in cells:
         labels = {name: cell[name] for name in LABELS}
         data = _load_once(load_data, **cell["data"])
-        label_subset(data.train, **labels)
+        label_subset(data.train, **labels, rule=cell["config"].subset_rule)
         study = Path(cell["runs_dir"], cell["study"]).expanduser()
         if study.exists():
             _, report = _load_once(load_backbone, **cell["backbone"])
@@ -2132,7 +2131,7 @@ def run_study(grid, *, executor=None, workers=0, **fixed):
     from tqdm.auto import tqdm
 
     cells = _study_cells(grid, fixed)
-    print(_study_table(cells, grid).attrs["summary"], flush=True)
+    print(_study_table(cells, grid).attrs["summary"])
     left = [cell for cell in cells if cell["status"] != "done"]
     jobs = [list(job) for _, job in itertools.groupby(left, NETWORK)]
     alone = []

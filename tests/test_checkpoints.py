@@ -104,6 +104,7 @@ def contents(b: dict) -> dict:
         "of two methods": {"state_dict": {**byol, **moco}},
         "a whole module": torchvision.models.resnet18(),
         "a head": {"fc.weight": torch.ones(9, 2048)},
+        "a list": list(b.values()),
     }
 
 
@@ -132,6 +133,7 @@ ODD |= {"of SparK, unfinished": "sparse_encoder.sp_cnn."}
 def test_an_odd_file_that_is_right_loads_with_a_note(kind, backbone, tmp_path):
     model, report = load_backbone("SparK", save(contents(backbone)[kind], tmp_path))
     assert any(ODD[kind] in note for note in report.notes)
+    assert ("without knowing what they are" in report.verdict) == ("unfinished" in kind)
     assert all(torch.equal(tensor, backbone[key]) for key, tensor in model.state_dict().items())
 
 
@@ -141,6 +143,7 @@ REFUSED = {
     "of two methods": (None, "two methods, BYOL and MoCo"),
     "a whole module": ("SparK", r"ResNet.*state_dict\(\)"),
     "a head": ("SparK", "0 of 318.*fc"),
+    "a list": ("SparK", "holds a list"),
 }
 
 

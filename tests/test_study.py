@@ -42,6 +42,8 @@ WRONG = [
     ({}, {"weight_decay": float("nan")}, "weight_decay is nan"),
     ({}, {"epochs": 2.5}, "epochs is 2.5; give a number from 0 up, such as 50"),
     ({}, {"augment": "affin"}, "affine, flip_ud, none"),
+    ({}, {"batch_size": 1}, "batch_size takes 2 or more"),
+    ({"labels_per_class": [2]}, {"recipe": "paper"}, "'authors' takes a fraction"),
     ({"label_fraction": [0.5, 0]}, {}, "label_fraction 0"),
     ({"label_fraction": [2]}, {}, "label_fraction 2"),
     ({"label_fraction": ["0.5"]}, {}, "label_fraction is '0.5'"),

@@ -182,6 +182,14 @@ def test_a_head_follows_its_seed_and_leaves_random_numbers_alone():
     assert torch.equal(one, other) and torch.equal(torch.rand(1), expected)
 
 
+def test_an_output_that_is_not_finite_has_no_score():
+    network = medssl.add_head(BACKBONE, 2, 0)
+    network.fc.bias.data[0] = math.nan
+    prepare = medssl.preprocessing_for(QUICK, DATA, REPORT)
+    with pytest.raises(TrainingError, match="diverged"):
+        medssl.evaluate(network, DATA.val, prepare)
+
+
 def test_a_last_batch_of_one_joins_its_neighbour():
     nine = dataclasses.replace(DATA, train=DATA.train.take(np.arange(9)))
     _, batches = medssl.train_one_epoch(*start_training(QUICK, nine), epoch=0, seed=0)
